@@ -1,0 +1,49 @@
+"""Expunge: make generative models forget concepts.
+
+The public names below are resolved on first use, so that `import expunge` costs nothing and loads no framework.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expunge import demo as demo
+    from expunge import errors as errors
+    from expunge.erase_ops.spm.adapter import SPMAdapter as SPMAdapter
+    from expunge.erase_ops.spm.config import SPMTrainingConfig as SPMTrainingConfig
+    from expunge.erase_ops.spm.peft import SPMConfig as SPMConfig
+    from expunge.erase_ops.spm.training import train_spm as train_spm
+    from expunge.pipelines.erased import ErasedPipeline as ErasedPipeline
+    from expunge.pipelines.erased import erase as erase
+    from expunge.pipelines.erased import restore as restore
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_HOME = {
+    "ErasedPipeline": "expunge.pipelines.erased",
+    "erase": "expunge.pipelines.erased",
+    "restore": "expunge.pipelines.erased",
+    "SPMAdapter": "expunge.erase_ops.spm.adapter",
+    "SPMTrainingConfig": "expunge.erase_ops.spm.config",
+    "train_spm": "expunge.erase_ops.spm.training",
+    "SPMConfig": "expunge.erase_ops.spm.peft",
+}
+_MODULES = ("demo", "errors")
+
+__all__ = [*_HOME, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"expunge.{name}")
+    else:
+        raise AttributeError(f"module 'expunge' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
