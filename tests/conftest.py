@@ -1,0 +1,188 @@
+"""One thread, no network, seeded; and factories of small real pipelines with random weights."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+# Triton fixes its own helper functions at import, and diffusers, transformers and peft all import it: hence first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import hypothesis
+import numpy
+import pytest
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+hypothesis.settings.register_profile("expunge", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("expunge")
+
+TEXT_LENGTH = 16  # positions of the tiny text encoders, special tokens included
+# Words that the tiny tokenizer knows whole; anything else is spelled in bytes.
+WORDS = (
+    "a an the of in on with and by to style photo picture painting drawing portrait cat kitten dog puppy car panda "
+    "tree house person nude man woman van gogh monet picasso starry night sofa beach red blue small watercolour"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """The same random numbers in every test, whatever ran before it."""
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    yield
+
+
+def _byte_symbols() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, in byte order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A real byte-level CLIPTokenizer: 256 bytes, the same closing a word, and WORDS merged from right to left."""
+    symbols = _byte_symbols()
+    vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[-2], pieces[-1])  # from the right: every merge ends in "</w>", so no word breaks another
+            merges.append(pair)
+            pieces[-2:] = ["".join(pair)]
+            vocabulary.append(pieces[-1])
+    vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
+    merges = list(dict.fromkeys(merges))
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges, model_max_length=TEXT_LENGTH
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, kind: type, width: int = 32) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=3,  # three, so that clip_skip has something to skip
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    encoder = kind(config).eval()
+    for name, parameter in encoder.named_parameters():
+        if "embedding" in name:
+            # transformers draws embeddings with deviation 0.02, under which all prompts look alike.
+            parameter.data.normal_()
+    return encoder
+
+
+def make_unet(cross_attention_dim: int = 32, **overrides: Any) -> UNet2DConditionModel:
+    """Three resolutions, two of them with Transformer2DModel blocks, and one more in the middle."""
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+        "cross_attention_dim": cross_attention_dim,
+    }
+    return UNet2DConditionModel(**(config | overrides)).eval()
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=16,
+    ).eval()
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def _tiny_sd(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = make_tokenizer()
+        pipe = StableDiffusionPipeline(
+            vae=make_vae(),
+            text_encoder=make_text_encoder(tokenizer, CLIPTextModel),
+            tokenizer=tokenizer,
+            unet=make_unet(**unet),
+            scheduler=make_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _tiny_sdxl(seed: int = 0, **unet: Any) -> StableDiffusionXLPipeline:
+    widths = (32, 64)  # two encoders of different widths: their states are concatenated to 96
+    config = {
+        "cross_attention_dim": sum(widths),
+        "transformer_layers_per_block": (1, 2, 1),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + widths[1],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer()
+        tokenizer_2.pad_token = "!"  # SDXL's second tokenizer pads with "!"
+        pipe = StableDiffusionXLPipeline(
+            vae=make_vae(),
+            text_encoder=make_text_encoder(tokenizer, CLIPTextModel, widths[0]),
+            text_encoder_2=make_text_encoder(tokenizer_2, CLIPTextModelWithProjection, widths[1]),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=make_unet(**(config | unet)),
+            scheduler=make_scheduler(),
+            add_watermarker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[[], CLIPTokenizer]:
+    """Factory of the tiny pipelines' tokenizer."""
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_sd() -> Callable[..., StableDiffusionPipeline]:
+    """Factory: `tiny_sd(seed=0, **unet_config)` builds a fresh float32 Stable Diffusion pipeline, 16x16 pixels."""
+    return _tiny_sd
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl() -> Callable[..., StableDiffusionXLPipeline]:
+    """Factory: `tiny_sdxl(seed=0, **unet_config)` builds a fresh float32 SDXL pipeline, 16x16 pixels."""
+    return _tiny_sdxl
