@@ -1,3 +1,4 @@
 """The command line: `expunge demo | train METHOD | generate | info | check`."""
 
+from expunge.cli.app import app as app
 from expunge.cli.app import main as main

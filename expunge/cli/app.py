@@ -1,13 +1,36 @@
-"""The table of commands and the one place where errors become a line and an exit code."""
+"""The table of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make generative models forget concepts.")
+import expunge
+from expunge.cli import demo, generate, inspect_artefact, train
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("demo")(demo.demo)
+app.add_typer(train.app, name="train")
+app.command("generate")(generate.generate)
+app.command("info")(inspect_artefact.info)
+app.command("check")(inspect_artefact.check)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"expunge {expunge.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
+]
 
 
 @app.callback()
-def root() -> None:
-    """Make generative models forget concepts."""
+def root(version: Version = False) -> None:
+    """Make generative models forget concepts: train, apply, inspect and check erasures."""
 
 
 def main() -> None:

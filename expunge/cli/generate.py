@@ -1,0 +1,191 @@
+"""`expunge generate`: pictures from an erased pipeline, with the gate that every erasure had for every picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from expunge.cli.shared import (
+    Base,
+    Concepts,
+    Debug,
+    Device,
+    DType,
+    Json,
+    Placement,
+    Revision,
+    Variant,
+    command,
+    emit,
+    new_folder,
+    note,
+    out,
+)
+from expunge.errors import InvalidInputError
+
+Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; repeatable.", metavar="TEXT")]
+Erasures = Annotated[
+    list[str] | None,
+    typer.Option("--erasures", help="Artefact folder, file or hub id of an erasure; repeatable.", metavar="ARTEFACT"),
+]
+
+
+@command
+def generate(
+    pretrained_model_name_or_path: Base,
+    prompt: Prompts,
+    erasures: Erasures = None,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the pictures.")] = Path("generated"),
+    concepts: Concepts = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative_prompt")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")] = 0,
+    num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 1,
+    num_inference_steps: Annotated[int | None, typer.Option("--num_inference_steps", min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance_scale")] = None,
+    height: Annotated[int | None, typer.Option("--height", min=8)] = None,
+    width: Annotated[int | None, typer.Option("--width", min=8)] = None,
+    combine: Annotated[
+        Literal["linear", "official"], typer.Option("--combine", help="How several erasures add up.")
+    ] = "linear",
+    gate: Annotated[float | None, typer.Option("--gate", help="One gate for everything instead of the text's.")] = None,
+    gate_threshold: Annotated[
+        float | None, typer.Option("--gate_threshold", help="Gates below become 0; each erasure's own if left out.")
+    ] = None,
+    multiplier: Annotated[float, typer.Option("--multiplier", help="Strength of the erasures.")] = 1.0,
+    gate_negative: Annotated[
+        bool, typer.Option("--gate_negative/--no_gate_negative", help="Gate negative rows like their partners.")
+    ] = True,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow_mismatch", help="Accept erasures that were made for another base.")
+    ] = False,
+    revision: Revision = None,
+    variant: Variant = None,
+    device: Device = None,
+    torch_dtype: DType = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures with concepts erased; writes PNG files and report.json with the gates."""
+    folder = new_folder(output_dir)
+    placement = Placement.choose(device, torch_dtype)
+    # Only what differs from the defaults is passed on: a folder saved erased has settings of its own.
+    asked = {
+        "combine": combine if combine != "linear" else None,
+        "gate": gate,
+        "gate_threshold": gate_threshold,
+        "multiplier": multiplier if multiplier != 1.0 else None,
+        "gate_negative": None if gate_negative else False,
+        "allow_mismatch": allow_mismatch or None,
+    }
+    settings = {name: value for name, value in asked.items() if value is not None}
+    note(f"Loading {pretrained_model_name_or_path} ({placement.dtype} on {placement.device})")
+    pipe = load_erased(
+        pretrained_model_name_or_path,
+        adapters(erasures or [], concepts),
+        settings,
+        placement,
+        revision=revision,
+        variant=variant,
+    )
+    call = {
+        "negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompt),
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+    }
+    result = draw(pipe, prompt, num_images_per_prompt, seed, {k: v for k, v in call.items() if v is not None})
+    report = save(folder, result, prompt, num_images_per_prompt, seed)
+    report |= {"model": pretrained_model_name_or_path, "settings": settings, **placement.to_dict(), "call": call}
+    (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    if json_output:
+        emit(report)
+    else:
+        out.print(picture_table(report))
+        note(f"{len(report['images'])} pictures and report.json are in {folder}")
+
+
+def adapters(artefacts: list[str], concepts: list[str] | None) -> list[Any]:
+    """Reads the erasures; `concepts` are those of a file that does not name its own.
+
+    Raises:
+        InvalidInputError: if concepts are given for several erasures at once.
+    """
+    from expunge import SPMAdapter
+
+    if concepts and len(artefacts) != 1:
+        raise InvalidInputError(
+            "--concepts",
+            expected="exactly one --erasures that they belong to",
+            found=f"{len(artefacts)} erasures",
+            fix="Save each file once as an artefact folder, which names its concepts (SPMAdapter.save_pretrained).",
+        )
+    return [SPMAdapter.from_pretrained(artefact, concepts=concepts or None) for artefact in artefacts]
+
+
+def load_erased(
+    model: str,
+    erasures: list[Any],
+    settings: dict[str, Any],
+    placement: Placement,
+    *,
+    revision: str | None,
+    variant: str | None,
+) -> Any:
+    """The erased pipeline; a folder that was saved erased brings its own erasures along."""
+    from expunge import ErasedPipeline
+
+    pipe = ErasedPipeline.from_pretrained(
+        model,
+        **({"erasures": erasures} if erasures else {}),
+        **settings,
+        revision=revision,
+        variant=variant,
+        torch_dtype=placement.torch_dtype,
+        use_safetensors=True,
+    )
+    return pipe.to(placement.device)
+
+
+def draw(pipe: Any, prompts: list[str], images_per_prompt: int, seed: int, call: dict[str, Any]) -> Any:
+    """One pipeline call; picture i starts from its own generator of seed + i, so that it can be drawn again alone."""
+    import torch
+
+    count = len(prompts) * images_per_prompt
+    generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(count)]
+    return pipe(prompts, num_images_per_prompt=images_per_prompt, generator=generators, **call)
+
+
+def save(folder: Path, result: Any, prompts: list[str], images_per_prompt: int, seed: int) -> dict[str, Any]:
+    """Writes `0000.png`, `0001.png`, ... and returns what each of them is, gates included."""
+    erasures = result.erasures
+    flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(result.images)
+    images = []
+    for index, picture in enumerate(result.images):
+        name = f"{index:04d}.png"
+        picture.save(folder / name)
+        images.append(
+            {
+                "file": name,
+                "prompt": prompts[index // images_per_prompt],
+                "seed": seed + index,
+                "gates": erasures.gates_of(index) if erasures is not None else {},
+                "blacked_out_by_safety_checker": bool(flagged[index]),
+            }
+        )
+    return {"images": images, "erasures": None if erasures is None else erasures.to_dict()}
+
+
+def picture_table(report: dict[str, Any]) -> Table:
+    """One line a picture: file, prompt, seed and the gate of each erasure."""
+    concepts = list(report["images"][0]["gates"])
+    table = Table(Text("file"), Text("prompt"), Text("seed"), *map(Text, concepts))
+    for image in report["images"]:
+        gates = [f"{image['gates'][concept]:.3f}" for concept in concepts]
+        table.add_row(*map(Text, (image["file"], image["prompt"], str(image["seed"]), *gates)))
+    return table

@@ -1,0 +1,215 @@
+"""Runs the demo: base pictures, training, erased pictures at the same seeds, scores, files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from expunge import SPMAdapter, SPMTrainingConfig, demo, erase, restore, train_spm
+from expunge.demo.scoring import GUIDANCE, STEPS, generate
+from expunge.demo_run import page
+from expunge.demo_run.pictures import GridRow, grid, to_images
+from expunge.demo_run.plan import Shot, plan
+from expunge.demo_run.recipe import STYLE_SUFFIX, training_fields
+from expunge.demo_run.scores import Score, identical, scores
+
+logger = logging.getLogger(__name__)
+BATCH = 16
+
+
+@dataclass
+class DemoResult:
+    """Everything that the demo found out; `to_dict` is what `results.json` holds.
+
+    Args:
+        concept: what was trained.
+        shipped: the concepts of the shipped erasures that were loaded beside it.
+        shots: the pictures.
+        before: float32 [B, 3, H, W] in 0..1, the base model's pictures.
+        after: the erased model's pictures from the same seeds.
+        gates: for each picture the gate of each erasure.
+        readings: for each picture what the classifier read: (object, style) before and after.
+        rows: the scores.
+        settings: how the SPM was trained.
+        seconds: wall time of each phase.
+        folder: where the files are.
+    """
+
+    concept: str
+    shipped: list[str]
+    shots: list[Shot]
+    before: Tensor
+    after: Tensor
+    gates: list[dict[str, float]]
+    readings: list[tuple[tuple[str, str], tuple[str, str]]]
+    rows: list[Score]
+    settings: dict[str, Any]
+    seconds: dict[str, float]
+    folder: Path
+    same: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.same = identical(self.before, self.after)
+
+    def untouched(self) -> list[int]:
+        """Indices of the pictures that must not change."""
+        return [index for index, shot in enumerate(self.shots) if shot.erased is None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result in JSON's types, pictures left out."""
+        untouched = self.untouched()
+        return {
+            "concept": self.concept,
+            "shipped": self.shipped,
+            "scores": [row.to_dict() for row in self.rows],
+            "untouched": {"n": len(untouched), "bit_identical": sum(self.same[index] for index in untouched)},
+            "sampling": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "batch_size": BATCH},
+            "training": self.settings,
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "pictures": [
+                {
+                    "prompt": shot.prompt,
+                    "seed": shot.seed,
+                    "group": shot.group,
+                    "erased": shot.erased,
+                    "before": {"object": read[0][0], "style": read[0][1]},
+                    "after": {"object": read[1][0], "style": read[1][1]},
+                    "bit_identical": same,
+                    "gates": gates,
+                }
+                for shot, read, same, gates in zip(self.shots, self.readings, self.same, self.gates, strict=True)
+            ],
+        }
+
+
+def run_demo(
+    output_dir: str | Path,
+    *,
+    concept: str = "cat",
+    seed: int = 0,
+    max_train_steps: int | None = None,
+    console: Console | None = None,
+) -> DemoResult:
+    """Trains an SPM for one concept of the bundled model, loads the shipped ones beside it, and shows the difference.
+
+    Writes to `output_dir`: the adapter's artefact folder, `erased.png`, `untouched.png`, `results.json` and
+    `index.html`, a page that stands alone.
+
+    Args:
+        output_dir: the folder; created if it is missing.
+        concept: an object or style of the bundled model.
+        seed: of the training and of the first picture.
+        max_train_steps: the preset's if None.
+        console: shows progress; None for silence.
+
+    Raises:
+        InvalidInputError: if the bundled model does not know the concept.
+        OSError: if a file cannot be written.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = training_fields(concept, seed=seed) | {"seed": seed, "validation_steps": None}
+    if max_train_steps is not None:
+        fields["max_train_steps"] = max_train_steps
+    config = SPMTrainingConfig.preset("demo", **fields)
+    seconds: dict[str, float] = {}
+    with phase("Loading the bundled model and the shipped erasures", seconds, "load", console):
+        pipe, judge = demo.load(), demo.classifier()
+        beside = shipped_adapters(concept)
+    texts = [text for adapter in beside for text in adapter.concepts]
+    shots = plan(concept, texts, demo.captions(), seed)
+    with phase(f"Drawing {len(shots)} pictures with the base model", seconds, "before", console):
+        before, _ = draw(pipe, shots, console)
+    with phase(f'Training an SPM that erases "{concept}"', seconds, "train", console):
+        adapter = train_spm(pipe, config, output_dir=folder / file_name(concept), progress=console is not None)
+    erase(pipe, [adapter, *beside])
+    try:
+        with phase(f"Drawing them again, {1 + len(beside)} erasures in place", seconds, "after", console):
+            after, gates = draw(pipe, shots, console)
+    finally:
+        restore(pipe)
+    with phase("Reading the pictures and writing the page", seconds, "score", console):
+        seen, left = judge.classify(before), judge.classify(after)
+        readings = [((seen.objects[i], seen.styles[i]), (left.objects[i], left.styles[i])) for i in range(len(shots))]
+        rows = scores(shots, seen, left)
+        result = DemoResult(
+            concept, texts, shots, before, after, gates, readings, rows, adapter.settings, seconds, folder
+        )
+        write(result)
+    return result
+
+
+def shipped_adapters(concept: str) -> list[SPMAdapter]:
+    """The SPMs that come with the package, without those of the concept that is trained anew."""
+    word = concept.removesuffix(STYLE_SUFFIX)
+    adapters = [SPMAdapter.from_pretrained(folder) for folder in demo.adapters().values()]
+    return [a for a in adapters if word not in {text.removesuffix(STYLE_SUFFIX) for text in a.concepts}]
+
+
+def draw(pipe: Any, shots: Sequence[Shot], console: Console | None) -> tuple[Tensor, list[dict[str, float]]]:
+    """The pictures [B, 3, H, W], and the gates of each if the pipeline is erased (else empty)."""
+    gates: list[dict[str, float]] = []
+    columns = (TextColumn("  pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+        bar = progress.add_task("pictures", total=len(shots))
+
+        def on_batch(count: int) -> None:
+            progress.advance(bar, count)
+            report = getattr(pipe, "erasures", None)
+            gates.extend({} if report is None else report.gates_of(row) for row in range(count))
+
+        prompts, seeds = [shot.prompt for shot in shots], [shot.seed for shot in shots]
+        pictures = generate(pipe, prompts, seeds, batch_size=BATCH, on_batch=on_batch)
+    return pictures, gates
+
+
+@contextmanager
+def phase(text: str, seconds: dict[str, float], name: str, console: Console | None) -> Iterator[None]:
+    """Says what is being done and notes how long it took."""
+    start = time.perf_counter()
+    if console is not None:
+        console.print(f"[bold cyan]{len(seconds) + 1}/5[/bold cyan] {text}")
+    yield
+    seconds[name] = time.perf_counter() - start
+    logger.info("%s: %.1f s", text, seconds[name])
+
+
+def write(result: DemoResult) -> None:
+    """The PNG sheets, `results.json` and the page."""
+    sheet(result, "trained", "shipped").save(result.folder / "erased.png")
+    sheet(result, "untouched").save(result.folder / "untouched.png")
+    text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    (result.folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    (result.folder / "index.html").write_text(page.render(result), encoding="utf-8")
+
+
+def sheet(result: DemoResult, *groups: str) -> Any:
+    """Two rows, before and after, for each object of these groups (for each style where a style is erased)."""
+    before, after = to_images(result.before), to_images(result.after)
+    rows: list[GridRow] = []
+    by_label: dict[str, list[int]] = {}
+    for index, shot in enumerate(result.shots):
+        if shot.group in groups:
+            by_label.setdefault(shot.erased or shot.object, []).append(index)
+    for label, chosen in by_label.items():
+        chosen = chosen[:8]
+        rows.append(GridRow(label, "before", [before[index] for index in chosen]))
+        rows.append(GridRow("", "after", [after[index] for index in chosen]))
+    styles = [result.shots[index].style for index in max(by_label.values(), key=len)[:8]]
+    mixed = any(shot.erased == shot.style for shot in result.shots if shot.group in groups)
+    return grid([] if mixed else styles, rows)
+
+
+def file_name(concept: str) -> str:
+    """The folder of the concept's adapter: the caption tables' names hold letters and spaces only."""
+    return concept.replace(" ", "-") + "-spm"
