@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expunge.errors import InvalidInputError
 
-# A dotted module path as torch writes it: identifiers or indices, no empty part, nothing that means something to a file system.
+# A dotted module path: identifiers or indices, no empty part, nothing that a file system would read as its own.
 SITE_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 MAX_SITE_PATH = 256
 
