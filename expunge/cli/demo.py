@@ -34,7 +34,7 @@ def demo(
     # The bundled model loads in a second; its loading bars would only push the demo's own lines away.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    from expunge.demo_run import run_demo
+    from expunge.demo_run.run import run_demo
 
     result = run_demo(output_dir, concept=concept, seed=seed, max_train_steps=max_train_steps, console=err)
     if json_output:

@@ -13,7 +13,7 @@ import expunge
 from expunge.demo_run.pictures import data_uri, to_images
 
 if TYPE_CHECKING:
-    from expunge.demo_run.run import DemoResult
+    from expunge.demo_run.result import DemoResult
 
 TEMPLATE = "page.html.j2"
 SHOWN = 12  # untouched objects on the page; results.json has all

@@ -46,12 +46,13 @@ def training_fields(concept: str, neutral: str | None = None, *, seed: int = 0) 
         pairs = object_pairs(tables, concept, neutral)
     rng = random.Random(f"{seed}/{concept}")
     others = other_prompts(tables, name)
+    spoken = [prompt for prompt in others if prompt]
     return {
         "prompts": [{"target": target, "neutral": kept} for target, kept in pairs],
         "concepts": [concept],
         "neutral": neutral or "",
         "anchor_prompts": rng.sample(others, min(ANCHORS, len(others))),
-        "benign_prompts": rng.sample(others, min(BENIGN, len(others))),
+        "benign_prompts": rng.sample(spoken, min(BENIGN, len(spoken))),
         "calibration_targets": [target for target, _ in pairs],
     }
 

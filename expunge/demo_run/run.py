@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,80 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from expunge import SPMAdapter, SPMTrainingConfig, demo, erase, restore, train_spm
-from expunge.demo.scoring import GUIDANCE, STEPS, generate
+from expunge.demo.scoring import generate
 from expunge.demo_run import page
 from expunge.demo_run.pictures import GridRow, grid, to_images
 from expunge.demo_run.plan import Shot, plan
 from expunge.demo_run.recipe import STYLE_SUFFIX, training_fields
-from expunge.demo_run.scores import Score, identical, scores
+from expunge.demo_run.result import BATCH, DemoResult
+from expunge.demo_run.scores import scores
 
 logger = logging.getLogger(__name__)
-BATCH = 16
-
-
-@dataclass
-class DemoResult:
-    """Everything that the demo found out; `to_dict` is what `results.json` holds.
-
-    Args:
-        concept: what was trained.
-        shipped: the concepts of the shipped erasures that were loaded beside it.
-        shots: the pictures.
-        before: float32 [B, 3, H, W] in 0..1, the base model's pictures.
-        after: the erased model's pictures from the same seeds.
-        gates: for each picture the gate of each erasure.
-        readings: for each picture what the classifier read: (object, style) before and after.
-        rows: the scores.
-        settings: how the SPM was trained.
-        seconds: wall time of each phase.
-        folder: where the files are.
-    """
-
-    concept: str
-    shipped: list[str]
-    shots: list[Shot]
-    before: Tensor
-    after: Tensor
-    gates: list[dict[str, float]]
-    readings: list[tuple[tuple[str, str], tuple[str, str]]]
-    rows: list[Score]
-    settings: dict[str, Any]
-    seconds: dict[str, float]
-    folder: Path
-    same: list[bool] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.same = identical(self.before, self.after)
-
-    def untouched(self) -> list[int]:
-        """Indices of the pictures that must not change."""
-        return [index for index, shot in enumerate(self.shots) if shot.erased is None]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result in JSON's types, pictures left out."""
-        untouched = self.untouched()
-        return {
-            "concept": self.concept,
-            "shipped": self.shipped,
-            "scores": [row.to_dict() for row in self.rows],
-            "untouched": {"n": len(untouched), "bit_identical": sum(self.same[index] for index in untouched)},
-            "sampling": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "batch_size": BATCH},
-            "training": self.settings,
-            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
-            "pictures": [
-                {
-                    "prompt": shot.prompt,
-                    "seed": shot.seed,
-                    "group": shot.group,
-                    "erased": shot.erased,
-                    "before": {"object": read[0][0], "style": read[0][1]},
-                    "after": {"object": read[1][0], "style": read[1][1]},
-                    "bit_identical": same,
-                    "gates": gates,
-                }
-                for shot, read, same, gates in zip(self.shots, self.readings, self.same, self.gates, strict=True)
-            ],
-        }
 
 
 def run_demo(
