@@ -29,6 +29,8 @@ class Pair:
     after: str
     read_before: str
     read_after: str
+    seen_before: str
+    seen_after: str
     gate: float
     gate_of: str
     same: bool
@@ -49,6 +51,7 @@ def render(result: DemoResult) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["percent"] = lambda share: f"{round(100 * share.value, 1):g}"
     untouched = result.untouched()
     by_object: dict[str, list[int]] = {}
     for index in untouched:
@@ -101,6 +104,8 @@ def pair(result: DemoResult, index: int, before: Any, after: Any) -> Pair:
         after=data_uri(after),
         read_before=", ".join(read_before),
         read_after=", ".join(read_after),
+        seen_before=read_before[place],
+        seen_after=read_after[place],
         gate=gates.get(gate_of, 0.0),
         gate_of=gate_of,
         same=result.same[index],

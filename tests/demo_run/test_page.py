@@ -87,8 +87,9 @@ def test_the_page_says_what_was_found() -> None:
     page = Page(render(result()))
     words = " ".join(" ".join(page.text).split())
     assert "90 → 10" in words
-    assert "96.0 → 94.0" in words
+    assert "96 → 94" in words
     assert "1 of 1" in words
+    assert "seen: cat → owl" in words
     assert "gate 0.75 · neon" in words
     assert "bit-identical" in words
     assert page.classes.count("left") == 1  # neon is still seen: its frame is red
