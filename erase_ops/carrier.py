@@ -1,0 +1,244 @@
+"""What carries an erasure inside a denoiser: subclasses of Linear and Conv2d that share the base layer's parameters.
+
+A carrier takes the place of its layer in the module tree. It shares the layer's very `_parameters` and hook tables, so
+that loading, casting, offloading and fine-tuning act on both; its factors are non-persistent buffers, so that the
+state dict stays the base model's. It acts on the current thread's `Route`, which the denoiser's entry sets and clears;
+a carrier that is reached without one raises, since running as the base layer would lose the erasure silently.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expunge.errors import ErasureLostError, UnsupportedOperationError
+from expunge.kernels.gated_lowrank import gated_lowrank, gated_lowrank_conv
+
+LowRank: TypeAlias = tuple[Tensor, Tensor, Tensor]  # down [R, in, ...], up [out, R], gate [B or 1, R]
+
+
+class Mode(enum.Enum):
+    """What the carriers do during one denoiser call."""
+
+    BASE = "base"  # every gate is zero: the base layer, bit for bit
+    MERGED = "merged"  # all rows share one gate vector: a second weight, merged once
+    LOWRANK = "lowrank"  # rows differ, or gradients are wanted: base plus gated low-rank update
+
+
+class Group:
+    """Identity of one attachment, kept by its copies: a carrier obeys only the routes of its own group."""
+
+
+@dataclass(eq=False)
+class Route:
+    """The work of all carriers of one denoiser for one vector of gates; plain tensors, read by index.
+
+    Args:
+        group: the attachment that the route belongs to.
+        mode: the way the carriers go.
+        factors: for each carrier its active factors and gates, or None where none is active.
+        weights: for each carrier its merged weight, or None where it goes the low-rank way.
+    """
+
+    group: Group
+    mode: Mode
+    factors: Sequence[LowRank | None] = ()
+    weights: Sequence[Tensor | None] = ()
+    deferred: bool = False  # merging waits for weights that are not on the device yet
+
+
+# Each thread has its own route, so that two threads may share a denoiser. (torch.compile cannot read a ContextVar.)
+CURRENT = threading.local()
+
+
+def current_route() -> Route | None:
+    """The route of the denoiser call that runs in this thread."""
+    return getattr(CURRENT, "route", None)
+
+
+class Carrier(nn.Module):
+    """The state of a carrier; the two subclasses below add the arithmetic.
+
+    Attributes:
+        group: the attachment that it belongs to.
+        index: its place in `Route.factors` and `Route.weights`.
+        path: its plain module path.
+        owners: the SPM of each factor column.
+        mix_rank: the rank of each SPM here under combine="official", else None; see `gated_lowrank`.
+        scales: for trainable factors, what each piece of `up` is multiplied by; empty for frozen ones.
+    """
+
+    group: Group
+    index: int
+    path: str
+    owners: tuple[int, ...]
+    mix_rank: int | None
+    scales: tuple[float, ...]
+    weight: Tensor  # the base layer's Parameter
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """All factors, scaled: down `[R, in]` or `[R, in, kh, kw]`, and up `[out, R]`; float32 unless trainable.
+
+        Trainable factors are the very tensors that were attached, so gradients reach them.
+        """
+        if not self.scales:
+            return self._buffers["erasure_down"], self._buffers["erasure_up"].T  # type: ignore[return-value, union-attr]
+        downs = [self.get_buffer(f"erasure_down_{i}") for i in range(len(self.scales))]
+        ups = [self.get_buffer(f"erasure_up_{i}").flatten(1) * scale for i, scale in enumerate(self.scales)]
+        return (downs[0], ups[0]) if len(ups) == 1 else (torch.cat(downs), torch.cat(ups, 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Factors follow the device but keep their dtype: casting a layer to half or float8 and back must not change an
+        # erasure. In place, so that a trainable factor stays the optimizer's tensor.
+        own = {name: self._buffers.pop(name) for name in tuple(self._buffers) if name.startswith("erasure_")}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(own)
+        for factor in own.values():
+            if factor is not None:
+                device = fn(torch.empty(0, dtype=factor.dtype, device=factor.device)).device
+                if device != factor.device:
+                    factor.data = factor.data.to(device)
+        return self
+
+    def _route(self) -> Route:
+        route: Route | None = getattr(CURRENT, "route", None)
+        if route is None or route.group is not self.group:
+            raise ErasureLostError(
+                self.path,
+                expected="gates, set at the entry of the denoiser that this layer was attached to",
+                found="a call that did not come through that entry",
+                fix="Call the denoiser itself, not its parts; after moving modules into another model, erase that one. "
+                "Gradient checkpointing recomputes layers during backward only for calls that returned a tensor with "
+                "a gradient.",
+            )
+        return route
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, erasure_columns={len(self.owners)}"
+
+
+class ErasedLinear(Carrier, nn.Linear):
+    """A Linear that carries erasures; see the module's docstring."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, *, in]` to `[B, *, out]`; raises ErasureLostError if no gate was set."""
+        route = self._route()
+        if route.mode is Mode.BASE:
+            return F.linear(input, self.weight, self.bias)
+        if route.mode is Mode.MERGED and (merged := route.weights[self.index]) is not None:
+            return F.linear(input, merged, self.bias)
+        out = F.linear(input, self.weight, self.bias)
+        lowrank = route.factors[self.index]
+        if lowrank is None:
+            return out
+        return gated_lowrank(input, *lowrank, out=out, mix_rank=self.mix_rank)
+
+
+class ErasedConv2d(Carrier, nn.Conv2d):
+    """A Conv2d that carries erasures; see the module's docstring."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, in, H, W]` to `[B, out, H', W']`; raises ErasureLostError if no gate was set."""
+        route = self._route()
+        if route.mode is Mode.BASE:
+            return self._conv_forward(input, self.weight, self.bias)
+        if route.mode is Mode.MERGED and (merged := route.weights[self.index]) is not None:
+            return self._conv_forward(input, merged, self.bias)
+        out = self._conv_forward(input, self.weight, self.bias)
+        lowrank = route.factors[self.index]
+        if lowrank is None:
+            return out
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return gated_lowrank_conv(
+            input,
+            *lowrank,
+            stride=self.stride,  # type: ignore[arg-type]
+            padding=padding,
+            dilation=self.dilation,  # type: ignore[arg-type]
+            out=out,
+            mix_rank=self.mix_rank,
+        )
+
+
+CARRIERS: dict[type[nn.Module], type[Carrier]] = {nn.Linear: ErasedLinear, nn.Conv2d: ErasedConv2d}
+
+# Instance attributes by which hosts replace `forward`; they are bound to one module object and are moved by hand.
+_HOST_ATTRIBUTES = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
+_MOVABLE_DIFFUSERS_HOOKS = {"layerwise_casting"}
+
+
+def check_carriable(path: str, layer: nn.Module) -> None:
+    """Raises UnsupportedOperationError unless a layer can be replaced by a carrier.
+
+    Quantised layers and other subclasses compute something else than the base arithmetic that a carrier continues.
+    """
+    kind, hooks = type(layer), layer.__dict__.get("_diffusers_hook")
+    weight = layer._parameters.get("weight")
+    found, fix = "", "Erase before quantising, wrapping or fusing the model."
+    if kind not in CARRIERS:
+        found = kind.__name__
+    elif weight is None or type(weight.data) is not Tensor or not weight.is_floating_point():
+        found = f"a weight of type {type(weight).__name__ if weight is None else type(weight.data).__name__}"
+    elif hooks is not None and not set(hooks.hooks) <= _MOVABLE_DIFFUSERS_HOOKS:
+        found, fix = f"diffusers hooks {sorted(hooks.hooks)}", "Turn on group offloading and caching after erasing."
+    elif hooks is not None and hooks.hooks and "_hf_hook" in layer.__dict__:
+        found, fix = "hooks of both accelerate and diffusers", "Erase before turning on offloading and casting."
+    if found:
+        raise UnsupportedOperationError(
+            path, expected="a plain torch.nn.Linear or torch.nn.Conv2d", found=found, fix=fix
+        )
+
+
+def make_carrier(layer: nn.Module, group: Group, index: int, path: str) -> Carrier:
+    """A carrier with a layer's parameters and hook tables and no factors yet; the layer is not changed."""
+    kind = CARRIERS[type(layer)]
+    carrier = kind.__new__(kind)
+    for name, value in layer.__dict__.items():
+        if name not in _HOST_ATTRIBUTES:
+            carrier.__dict__[name] = value  # _parameters and the hook tables are shared, not copied
+    carrier.__dict__["_buffers"] = dict(layer._buffers)
+    carrier.__dict__["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
+    carrier.group, carrier.index, carrier.path = group, index, path
+    carrier.owners, carrier.mix_rank, carrier.scales = (), None, ()
+    return carrier
+
+
+def move_host_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Moves accelerate's and diffusers' forward hooks from one module object to the one that takes its place."""
+    if "_hf_hook" in source.__dict__:
+        from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+        hook = source._hf_hook
+        # Through a hook that does nothing: attaching or detaching the real one again would move offloaded weights.
+        source._hf_hook = ModelHook()
+        remove_hook_from_module(source)
+        add_hook_to_module(target, ModelHook())
+        target._hf_hook = hook
+    if "_diffusers_hook" in source.__dict__:
+        from diffusers.hooks.hooks import HookRegistry
+
+        old: Any = source._diffusers_hook
+        names = list(old._hook_order)
+        hooks = [old.hooks[name] for name in names]
+        for _ in names:
+            fn_ref = old._fn_refs[-1]
+            source.forward = fn_ref.original_forward or fn_ref.forward  # as remove_hook, without undoing the casting
+            del old.hooks[old._hook_order.pop()], old._fn_refs[-1]
+        del source._diffusers_hook
+        registry = HookRegistry.check_if_exists_or_initialize(target)
+        for name, moved in zip(names, hooks, strict=True):
+            registry.register_hook(moved, name)
+    if source.__dict__.get("forward") == type(source).forward.__get__(source):
+        del source.forward  # the class's own again: no instance attribute needed

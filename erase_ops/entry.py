@@ -1,0 +1,366 @@
+"""The entry of a denoiser: one gate vector for each call, handed to the carriers, and the checks that none is missing.
+
+`Attachment` is the forward pre-hook and the forward hook of its denoiser and so travels with it through deepcopy,
+pickle and every pipeline that shares it. Before each denoiser call it finds the text states, decides the gates and sets
+the thread's route; after the call, or an exception in it, it clears the route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from expunge.erase_ops.carrier import CURRENT, Carrier, Group, Mode, Route
+from expunge.erase_ops.merge import plan
+from expunge.erase_ops.permeability import CallInfo, ConceptBank, GateRecord, decide
+from expunge.erase_ops.sites import attention_paths, is_fused, resolve, site_table, unwrap
+from expunge.errors import ErasureLostError, InvalidInputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from expunge.erase_ops.spm.adapter import SPMAdapter
+
+__all__ = ["Attachment", "CallInfo", "CallState", "Force", "GateRecord", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How adapters are attached; the arguments of `attach`."""
+
+    combine: str = "linear"
+    gate: float | None = None
+    gate_threshold: float | None = None
+    multiplier: tuple[float, ...] = ()
+    gate_negative: bool = True
+    trainable: bool = False
+
+
+@dataclass(eq=False)
+class CallState:
+    """One pipeline call: what its denoiser calls have in common.
+
+    Attributes:
+        info: what the pipeline knows.
+        records: the gate records of the call, one for each change of the gates; the last is the latest.
+    """
+
+    owner: Attachment
+    info: CallInfo
+    records: list[GateRecord] = field(default_factory=list)
+    _seen: list[_Seen] = field(default_factory=list)
+    _routes: dict[tuple[Any, ...], Route] = field(default_factory=dict)
+    _checked: nn.Module | None = None
+
+
+@dataclass(eq=False)
+class _Seen:
+    """Text states that gates were decided for; kept alive, so that identity means equality."""
+
+    states: Tensor
+    version: int
+    gates: Tensor
+    record: GateRecord
+
+
+@dataclass(eq=False)
+class Force:
+    """Gates given from outside, for training and tests."""
+
+    owner: Attachment
+    gates: Tensor  # [B, N] or [1, N]
+    active: list[int] | None
+
+
+# The innermost open call of this thread or task stands last. Module-level, so that attachments can be copied.
+_OPEN: ContextVar[tuple[CallState | Force, ...]] = ContextVar("expunge_open_calls", default=())
+_SEEN_LIMIT = 4  # tensors of text states remembered in one pipeline call: separate guidance calls alternate between two
+
+Gates: TypeAlias = float | Sequence[float] | Tensor
+
+
+class Attachment:
+    """Erasures attached to one denoiser; made by `expunge.erase_ops.attach.attach`.
+
+    Attributes:
+        adapters: the attached adapters, N of them.
+        settings: how they were attached.
+        thresholds: `[N]` float32, the gate threshold of each.
+        phrasings: the M prompts whose states the gate compares with, in the order of `CallInfo.concept_states`.
+        last: the record of the latest denoiser call of any thread; None before the first.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        adapters: Sequence[SPMAdapter],
+        settings: Settings,
+        bank: ConceptBank,
+        group: Group,
+        carriers: Sequence[Carrier],
+        originals: Mapping[str, nn.Module],
+    ) -> None:
+        self.adapters = list(adapters)
+        self.settings = settings
+        self.bank = bank
+        self.group = group
+        self.carriers = list(carriers)
+        self.originals = dict(originals)
+        self.phrasings = [
+            phrase for adapter in adapters for concept in adapter.concept_list for phrase in concept.phrasings
+        ]
+        self.last: GateRecord | None = None
+        table = site_table(denoiser)
+        self._states_at = (table.states, table.states_position)
+        self._attention = attention_paths(denoiser, self.originals)
+        self._hooks: list[Any] = []
+
+    @property
+    def thresholds(self) -> Tensor:
+        """`[N]` float32."""
+        return self.bank.thresholds
+
+    # Checks
+
+    def sites(self, denoiser: nn.Module) -> tuple[int, int]:
+        """How many sites of a denoiser are carried by this attachment, and how many should be."""
+        return sum(self._carries(denoiser, carrier) for carrier in self.carriers), len(self.carriers)
+
+    def _carries(self, denoiser: nn.Module, carrier: Carrier) -> bool:
+        found = resolve(denoiser, carrier.path)
+        return isinstance(found, Carrier) and found.group is self.group
+
+    def check(self, denoiser: nn.Module) -> None:
+        """Checks that the whole erasure is still in force; costs about a millisecond.
+
+        Raises:
+            ErasureLostError: naming what was lost: the denoiser's hooks, a site, or sites bypassed by fused attention.
+        """
+        hooks = unwrap(denoiser)
+        if not (_is_hooked(hooks._forward_pre_hooks, self) and _is_hooked(hooks._forward_hooks, self)):
+            raise _lost("the gate's hooks on the denoiser", f"{type(hooks).__name__} without them")
+        lost = [carrier.path for carrier in self.carriers if not self._carries(denoiser, carrier)]
+        if lost:
+            what = f"{len(lost)} of them replaced: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
+            raise _lost(f"{len(self.carriers)} layers that carry the erasure", what)
+        for path in self._attention:
+            attention = resolve(denoiser, path)
+            if attention is None or is_fused(attention):
+                raise _lost("separate query, key and value projections", f"{path} with fused ones")
+        self._run_last(hooks)
+
+    def _run_last(self, denoiser: nn.Module) -> None:
+        """Moves the gate behind pre-hooks that were added later, which may change the text states."""
+        own = next(key for key, hook in denoiser._forward_pre_hooks.items() if hook == self._before)
+        if next(reversed(denoiser._forward_pre_hooks)) != own:
+            denoiser._forward_pre_hooks.move_to_end(own)  # type: ignore[attr-defined]
+
+    # Calls
+
+    @contextmanager
+    def call(self, info: CallInfo) -> Iterator[CallState]:
+        """Opened by a pipeline around one of its calls; belongs to this thread. Inside it, weights may be merged.
+
+        Args:
+            info: what the pipeline knows of the call.
+
+        Yields:
+            the state of the call, whose `records` fill up.
+        """
+        with _opened(CallState(self, info)) as state:
+            yield state
+
+    @contextmanager
+    def force(self, gates: Gates) -> Iterator[None]:
+        """Sets the gates of this thread's denoiser calls, whatever their text: for training and tests.
+
+        Args:
+            gates: one number for all, or `[N]`, or `[B, N]` (float32; a gradient reaches it). All zero runs the base
+                model, bit for bit; else the low-rank path runs, which is differentiable.
+
+        Raises:
+            InvalidInputError: if the shape is neither of these.
+            NonFiniteError: if a gate is not finite.
+        """
+        n = self.bank.size
+        given = torch.as_tensor(gates, dtype=torch.float32)
+        if given.ndim > 2 or (given.ndim and given.shape[-1] != n) or 0 in given.shape:
+            raise InvalidInputError(
+                "gates",
+                expected=f"a number, [{n}] or [rows, {n}]",
+                found=str(list(given.shape)),
+                fix="Give one gate for each adapter.",
+            )
+        if not given.isfinite().all():
+            raise NonFiniteError("gates", expected="finite numbers", found="NaN or infinity", fix="Check their origin.")
+        rows = given.expand(1, n) if given.ndim < 2 else given
+        active = None if given.requires_grad else rows.any(0).nonzero().flatten().tolist()
+        with _opened(Force(self, rows, active)):
+            yield
+
+    def _open_call(self) -> CallState | Force | None:
+        return next((state for state in reversed(_OPEN.get()) if state.owner is self), None)
+
+    # Hooks of the denoiser
+
+    def install(self, denoiser: nn.Module) -> None:
+        """Registers the hooks on the plain module."""
+        self._hooks = [
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def uninstall(self) -> None:
+        """Removes the hooks again."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+
+    def _states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The text states among the arguments of the denoiser."""
+        name, position = self._states_at
+        return kwargs[name] if name in kwargs else args[position] if len(args) > position else None
+
+    @torch.compiler.disable
+    def _before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        CURRENT.route = None
+        states = self._states(args, kwargs)
+        call = self._open_call()
+        if not isinstance(call, CallState) or call._checked is not denoiser:
+            self.check(denoiser)
+            if isinstance(call, CallState):
+                call._checked = denoiser
+        if isinstance(call, Force):
+            CURRENT.route = self._forced_route(call, denoiser, states)
+        elif call is not None:
+            CURRENT.route = self._call_route(call, states)
+        else:
+            gates, self.last = decide(self.bank, states, None)
+            CURRENT.route = self._plan(gates, self.last.gates, states.dtype, merge=False)
+        CURRENT.states = states
+
+    @torch.compiler.disable
+    def _after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        route, states = getattr(CURRENT, "route", None), getattr(CURRENT, "states", None)
+        CURRENT.route = CURRENT.states = None
+        if output is None:
+            return  # called on the way out of an exception
+        if self._states(args, kwargs) is not states:
+            raise _lost("text states as the gates were decided for", "others, put in place by a later forward pre-hook")
+        sample = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        if route is not None and isinstance(sample, Tensor) and sample.requires_grad:
+            # Gradient checkpointing runs the layers again during backward. The output's gradient comes first of all.
+            sample.register_hook(_Resume(route))
+
+    # Routes
+
+    def _call_route(self, call: CallState, states: Any) -> Route:
+        seen = _find(call._seen, states)
+        if seen is None:
+            gates, record = decide(self.bank, states, call.info)
+            if not call.records or not _same_gates(call.records[-1], record):
+                call.records.append(record)
+            seen = _Seen(states, _version(states), gates, record)
+            if seen.version >= 0:
+                call._seen = [*call._seen[1 - _SEEN_LIMIT :], seen]
+        self.last = seen.record
+        merge = not torch.is_grad_enabled()
+        values = seen.record.gates
+        key = (values.shape, values.numpy().tobytes(), states.device, states.dtype, merge)
+        route = call._routes.get(key)
+        if route is None or route.deferred:
+            first = route is None
+            call._routes = {k: r for k, r in call._routes.items() if r.mode is not Mode.MERGED}  # one merged copy only
+            call._routes[key] = route = self._plan(seen.gates, values, states.dtype, merge=merge)
+            route.deferred &= first  # offloaded weights come in during the first denoiser call, or never
+        return route
+
+    def _forced_route(self, force: Force, denoiser: nn.Module, states: Any) -> Route:
+        device = states.device if isinstance(states, Tensor) else next(denoiser.parameters()).device
+        gates = force.gates.to(device)
+        values = force.gates.detach().cpu()
+        rows = len(states) if isinstance(states, Tensor) and states.ndim == 3 else len(values)
+        sources = tuple(tuple("forced" if value else "off" for value in row) for row in values.tolist())
+        values = values.expand(rows, -1) if len(values) == 1 else values
+        sources = sources * rows if len(sources) == 1 else sources
+        self.last = GateRecord(values, None, sources, (False,) * len(values), tuple(range(len(values))))
+        return plan(
+            self.group,
+            self.carriers,
+            gates,
+            force.active,
+            merge=False,
+            dtype=states.dtype if isinstance(states, Tensor) else torch.float32,
+        )
+
+    def _plan(self, gates: Tensor, values: Tensor, dtype: torch.dtype, *, merge: bool) -> Route:
+        """The route for gates `[B, N]` on the device, whose values on the CPU decide how it goes."""
+        active = values.any(0).nonzero().flatten().tolist()
+        uniform = bool((values == values[0]).all())
+        return plan(
+            self.group,
+            self.carriers,
+            gates[:1] if uniform else gates,
+            active,
+            merge=merge and uniform,
+            dtype=dtype,
+        )
+
+
+class _Resume:
+    """Tensor hook: restores the route of a denoiser call for the part of backward that recomputes its layers."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+    def __call__(self, gradient: Tensor) -> None:
+        CURRENT.route = self.route
+        torch.autograd.Variable._execution_engine.queue_callback(_clear)
+
+
+def _clear() -> None:
+    CURRENT.route = None
+
+
+@contextmanager
+def _opened(state: Any) -> Iterator[Any]:
+    token = _OPEN.set((*_OPEN.get(), state))
+    try:
+        yield state
+    finally:
+        _OPEN.reset(token)
+        # An interrupt skips the denoiser's forward hook; the route must not outlive its call.
+        CURRENT.route = None
+
+
+def _version(tensor: Any) -> int:
+    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
+
+
+def _find(seen: list[_Seen], states: Any) -> _Seen | None:
+    """The decision for this very tensor, unless it was written to since; inference tensors do not tell, so never."""
+    version = _version(states)
+    if version < 0:
+        return None
+    return next((entry for entry in seen if entry.states is states and entry.version == version), None)
+
+
+def _same_gates(a: GateRecord, b: GateRecord) -> bool:
+    return a.gates.shape == b.gates.shape and torch.equal(a.gates, b.gates) and a.sources == b.sources
+
+
+def _is_hooked(hooks: Mapping[int, Any], attachment: Attachment) -> bool:
+    return any(getattr(hook, "__self__", None) is attachment for hook in hooks.values())
+
+
+def _lost(expected: str, found: str) -> ErasureLostError:
+    return ErasureLostError(
+        "erasure",
+        expected=expected,
+        found=found,
+        fix="Undo the operation that replaced or fused them, or erase the pipeline again.",
+    )

@@ -1,0 +1,126 @@
+"""From one vector of gates to the work of every carrier: active factors, or merged weights.
+
+Formula (SPM, arXiv 2312.16145, eq. 9): with all rows sharing the gates g, the layers W + Σ_i g_i U_i D_i are merged
+once, with one matrix product a site over the stacked factors of all active SPMs:
+
+    W' = W + (U ⊙ g) D            U [out, R], g [R], D [R, in]
+    W' = W + (Σ_i g_i U_i)(Σ_j g_j D_j)      combine="official"
+
+W' is a new tensor in the base weight's dtype, computed in float32; the base Parameter is only read.
+SPMs whose gate is zero for all rows are dropped beforehand, once per gate vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expunge.erase_ops.carrier import Carrier, Group, LowRank, Mode, Route
+from expunge.kernels.gated_lowrank import needs_grad
+
+MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def merged_weight(weight: Tensor, down: Tensor, up: Tensor, gate: Tensor, mix_rank: int | None = None) -> Tensor:
+    """The weight with gated factors added.
+
+    Args:
+        weight: `[out, in]` or `[out, in, kh, kw]`; not changed.
+        down: `[R, in]` or `[R, in, kh, kw]`, float32.
+        up: `[out, R]` float32, scaled.
+        gate: `[R]` float32.
+        mix_rank: None for the sum of gated products, the common rank for the reference's sum of gated factors.
+
+    Returns:
+        a new tensor of the weight's shape and dtype.
+    """
+    base = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)  # [out, in*kh*kw]
+    down, up = down.flatten(1), up * gate
+    if mix_rank is not None:
+        down = (down * gate[:, None]).unflatten(0, (-1, mix_rank)).sum(0)  # [N*r, in] -> [r, in]
+        up = up.unflatten(1, (-1, mix_rank)).sum(1)  # [out, N*r] -> [out, r]
+    merged = torch.addmm(base, up.to(base.dtype), down.to(base.dtype))
+    return merged.view(weight.shape).to(weight.dtype)
+
+
+def is_mergeable(carrier: Carrier, device: torch.device) -> bool:
+    """Whether a carrier's weight can be merged now: dense, of a computing dtype, ungrouped, and on the device.
+
+    Offloaded weights (meta, or on another device) would have to be brought in, and merged ones would undo the saving;
+    weights that are stored in float8 are cast in each forward, which a merged weight would not be.
+    """
+    weight = carrier.weight
+    return weight.dtype in MERGEABLE and weight.device == device and getattr(carrier, "groups", 1) == 1
+
+
+def plan(
+    group: Group,
+    carriers: Sequence[Carrier],
+    gates: Tensor,
+    active: Sequence[int] | None,
+    *,
+    merge: bool,
+    dtype: torch.dtype,
+) -> Route:
+    """Prepares every carrier for one set of gates.
+
+    Args:
+        group: the attachment.
+        carriers: its carriers, by index.
+        gates: `[B, N]` float32 on the device of the call, or `[1, N]` if every row has the same.
+        active: the SPMs with any gate that is not zero, ascending; None: all of them, with nothing known about the
+            gates' values (they may require a gradient).
+        merge: whether weights may be merged; needs one row of gates.
+        dtype: what the active factors are cast to, the dtype that the denoiser computes in; trainable ones are not.
+
+    Returns:
+        the route.
+    """
+    if active is not None and not active:
+        return Route(group, Mode.BASE)
+    factors: list[LowRank | None] = []
+    weights: list[Tensor | None] = []
+    columns: dict[tuple[int, ...], tuple[Tensor | None, Tensor] | None] = {}
+    deferred = False
+    for carrier in carriers:
+        if carrier.owners not in columns:
+            columns[carrier.owners] = _columns(carrier.owners, active, gates)
+        chosen = columns[carrier.owners]
+        if chosen is None:
+            factors.append(None)
+            weights.append(None)
+            continue
+        index, gate = chosen
+        down, up = _active_factors(carrier, index, gates.device)
+        mergeable = merge and is_mergeable(carrier, gates.device)
+        deferred |= merge and not mergeable
+        weights.append(merged_weight(carrier.weight, down, up, gate[0], carrier.mix_rank) if mergeable else None)
+        factors.append(None if mergeable else (_cast(down, dtype), _cast(up, dtype), _cast(gate, dtype)))
+    return Route(group, Mode.MERGED if merge else Mode.LOWRANK, factors, weights, deferred)
+
+
+def _columns(
+    owners: tuple[int, ...], active: Sequence[int] | None, gates: Tensor
+) -> tuple[Tensor | None, Tensor] | None:
+    """For one layout of factor columns: which to keep (None: all) and the gate of each; None if none is active."""
+    kept = [i for i, owner in enumerate(owners) if active is None or owner in set(active)]
+    if not kept:
+        return None
+    index = None if len(kept) == len(owners) else torch.tensor(kept, device=gates.device)
+    if index is None and owners == tuple(range(gates.shape[1])):
+        return None, gates
+    return index, gates[:, torch.tensor([owners[i] for i in kept], device=gates.device)]  # [B, N] -> [B, R]
+
+
+def _active_factors(carrier: Carrier, index: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    down, up = carrier.factors()
+    down, up = down.to(device), up.to(device)
+    if index is None:
+        return down, up
+    return down.index_select(0, index), up.T.index_select(0, index).T
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if needs_grad(tensor) else tensor.to(dtype)
