@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -66,13 +67,13 @@ def generate(
     revision: Revision = None,
     variant: Variant = None,
     device: Device = None,
-    torch_dtype: DType = None,
+    dtype: DType = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
     """Draw pictures with concepts erased; writes PNG files and report.json with the gates."""
     folder = new_folder(output_dir)
-    placement = Placement.choose(device, torch_dtype)
+    placement = Placement.choose(device, dtype)
     # Only what differs from the defaults is passed on: a folder saved erased has settings of its own.
     asked = {
         "combine": combine if combine != "linear" else None,
@@ -146,7 +147,7 @@ def load_erased(
         **settings,
         revision=revision,
         variant=variant,
-        torch_dtype=placement.torch_dtype,
+        dtype=placement.torch_dtype,
         use_safetensors=True,
     )
     return pipe.to(placement.device)
@@ -184,7 +185,7 @@ def save(folder: Path, result: Any, prompts: list[str], images_per_prompt: int, 
 def picture_table(report: dict[str, Any]) -> Table:
     """One line a picture: file, prompt, seed and the gate of each erasure."""
     concepts = list(report["images"][0]["gates"])
-    table = Table(Text("file"), Text("prompt"), Text("seed"), *map(Text, concepts))
+    table = Table("file", "prompt", "seed", *map(escape, concepts))  # a concept may look like markup
     for image in report["images"]:
         gates = [f"{image['gates'][concept]:.3f}" for concept in concepts]
         table.add_row(*map(Text, (image["file"], image["prompt"], str(image["seed"]), *gates)))

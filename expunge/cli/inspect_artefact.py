@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from expunge.cli.shared import Concepts, Debug, Device, Json, Placement, command, emit, facts, load_base, note, out
+from expunge.cli.shared import (
+    Concepts,
+    Debug,
+    Device,
+    Json,
+    Placement,
+    command,
+    emit,
+    facts,
+    flat,
+    load_base,
+    note,
+    out,
+)
 from expunge.errors import AdapterFormatError, AdapterMismatchError
 
 Artefact = Annotated[str, typer.Argument(help="Artefact folder, adapter file, erased pipeline or hub id.")]
@@ -30,7 +44,7 @@ def info(artefact: Artefact, concepts: Concepts = None, json_output: Json = Fals
         for title, rows in (("Calibration", calibration), ("Training", settings)):
             if rows:
                 out.print()
-                out.print(facts(title, rows))
+                out.print(facts(title, flat(rows)))
 
 
 @command
@@ -116,7 +130,7 @@ def steps(source: str, concepts: list[str] | None, pipe: Any) -> list[tuple[str,
     ]
     for name in COMPANIONS:
         if (Path(source) / name).is_file() and (Path(source) / "erasure.json").is_file():
-            found.append((f"{name} holds the same factors", lambda name=name: same_factors(source, name)))
+            found.append((f"{name} holds the same factors", partial(same_factors, source, name)))
     if pipe is not None:
         found.append(("fits the base: architecture, text encoder, every site", lambda: fits(pipe, source, concepts)))
     return found

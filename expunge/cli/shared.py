@@ -37,7 +37,7 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or
 Variant = Annotated[str | None, typer.Option("--variant", help='Variant of the weight files, such as "fp16".')]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one.")]
 DType = Annotated[
-    str | None, typer.Option("--torch_dtype", help="float32, float16 or bfloat16; float16 on CUDA, else float32.")
+    str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; float16 on CUDA, else float32.")
 ]
 
 
@@ -105,6 +105,19 @@ def facts(title: str, rows: dict[str, Any]) -> Table:
     return table
 
 
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings as one level for a table: `config.rank`; a long list as its length and its first values."""
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows |= {f"{name}.{inner}": item for inner, item in flat(value).items()}
+        elif isinstance(value, list | tuple) and len(value) > 4:
+            rows[name] = f"{len(value)}: {', '.join(str(item) for item in value[:3])}, …"
+        else:
+            rows[name] = value
+    return rows
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a pipeline runs and in which precision."""
@@ -128,7 +141,7 @@ class Placement:
         dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
         if dtype not in ("float32", "float16", "bfloat16"):
             raise InvalidInputError(
-                "--torch_dtype", expected="float32, float16 or bfloat16", found=dtype, fix="Name one of the three."
+                "--dtype", expected="float32, float16 or bfloat16", found=dtype, fix="Name one of the three."
             )
         return cls(device, dtype)
 
@@ -151,7 +164,7 @@ def load_base(model: str, placement: Placement, *, revision: str | None = None, 
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(
-        model, revision=revision, variant=variant, torch_dtype=placement.torch_dtype, use_safetensors=True
+        model, revision=revision, variant=variant, dtype=placement.torch_dtype, use_safetensors=True
     )
     return pipe.to(placement.device)
 

@@ -79,7 +79,7 @@ def training_command(method: Method) -> Callable[..., None]:
         option("revision", None, Revision),
         option("variant", None, Variant),
         option("device", None, Device),
-        option("torch_dtype", None, DType),
+        option("dtype", None, DType),
         option("json_output", False, Json),
         option("debug", False, Debug),
     ]
@@ -140,7 +140,7 @@ def config_options(config_class: type) -> dict[str, inspect.Parameter]:
             continue
         flags = f"--{item.name}/--no_{item.name}" if kind is bool else f"--{item.name}"
         text = help_for(config_class, item.name) + default_text(item)
-        annotation = Annotated[kind | None, typer.Option(flags, help=text, show_default=False)]
+        annotation = Annotated[kind | None, typer.Option(flags, help=text, show_default=False)]  # type: ignore[valid-type]
         options[item.name] = option(item.name, None, annotation)
     return options
 
@@ -190,7 +190,7 @@ def run(method: Method, config: Any, values: dict[str, Any]) -> None:
         )
     folder = new_folder(Path(config.output_dir))
     # Trained weights are float32 whatever the base is in; a float16 base only makes sense on a GPU.
-    placement = Placement.choose(values["device"], values["torch_dtype"])
+    placement = Placement.choose(values["device"], values["dtype"])
     note(f"Loading {config.pretrained_model_name_or_path} ({placement.dtype} on {placement.device})")
     pipe = load_base(
         config.pretrained_model_name_or_path, placement, revision=values["revision"], variant=values["variant"]

@@ -1,0 +1,91 @@
+"""`expunge train`: options out of the config, and training on the tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expunge import SPMAdapter, SPMTrainingConfig
+from expunge.cli.train import METHODS, build_config, config_options
+from expunge.errors import InvalidInputError
+
+QUICK = (
+    "--max_train_steps", 2, "--max_denoising_steps", 2, "--resolution", 16, "--anchors_per_step", 1, "--seed", 3
+)  # fmt: skip
+
+
+class TestOptions:
+    def test_every_scalar_field_is_an_option_with_its_help(self, cli: Callable[..., Any]) -> None:
+        text = cli("train", "spm", "--help").output
+        options = config_options(SPMTrainingConfig)
+        assert {"learning_rate", "rank", "anchor_layout", "validation_prompts", "gradient_checkpointing"} <= set(
+            options
+        )
+        assert "prompts" not in options  # nested: spelled by --erase or a file
+        for name in ("--learning_rate", "--anchor_layout", "--erase", "--preset", "--config"):
+            assert name in text
+
+    def test_what_is_not_said_is_left_to_the_preset(self) -> None:
+        asked = {"prompts": [{"target": "cat"}], "rank": 4}
+        config = build_config(SPMTrainingConfig, "sd15", None, asked)
+        assert config == SPMTrainingConfig.preset("sd15", **asked)
+
+    def test_a_file_gives_way_to_the_command_line(self, tmp_path: Path) -> None:
+        file = tmp_path / "cat.yaml"
+        file.write_text("prompts: [{target: cat}]\nrank: 2\nlearning_rate: 1e-3\n", encoding="utf-8")
+        config = build_config(SPMTrainingConfig, None, file, {"rank": 8})
+        assert (config.rank, config.learning_rate) == (8, 1e-3)
+
+    def test_a_preset_and_a_file_are_one_too_many(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidInputError, match="one of the two"):
+            build_config(SPMTrainingConfig, "sd15", tmp_path / "cat.yaml", {})
+
+    def test_wrong_values_are_named(self, cli: Callable[..., Any]) -> None:
+        result = cli("train", "spm", "--erase", "cat", "--rank", 0, code=1)
+        assert "SPMTrainingConfig.rank" in result.stderr
+
+    @pytest.mark.parametrize("option", ["pretrained_model_name_or_path", "output_dir"])
+    def test_base_and_folder_are_needed(self, cli: Callable[..., Any], tmp_path: Path, option: str) -> None:
+        other = {"pretrained_model_name_or_path": "output_dir", "output_dir": "pretrained_model_name_or_path"}[option]
+        result = cli("train", "spm", "--erase", "cat", f"--{other}", tmp_path / "x", code=1)
+        assert f"--{option}" in result.stderr
+
+    def test_methods_are_listed(self, cli: Callable[..., Any]) -> None:
+        assert set(METHODS) == {"spm"}
+        assert "spm" in cli("train", "--help").output
+
+
+class TestTraining:
+    def test_writes_an_adapter_that_says_how_it_was_made(
+        self, cli: Callable[..., Any], base: Path, tmp_path: Path
+    ) -> None:
+        result = cli(
+            "train", "spm", "--pretrained_model_name_or_path", base, "--erase", "cat", "--neutral", "dog",
+            "--output_dir", tmp_path / "cat", "--json", *QUICK,
+        )  # fmt: skip
+        adapter = SPMAdapter.from_pretrained(tmp_path / "cat")
+        assert adapter.concepts == ["cat"]
+        assert adapter.neutral == "dog"
+        assert json.loads(result.stdout)["concepts"] == ["cat"]
+        assert adapter.settings["config"]["max_train_steps"] == 2
+
+    def test_a_seed_gives_the_same_file(self, cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            cli(
+                "train", "spm", "--pretrained_model_name_or_path", base, "--erase", "cat",
+                "--output_dir", tmp_path / name, *QUICK,
+            )  # fmt: skip
+        one, two = (tmp_path / name / "erasure.safetensors" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+    def test_a_base_that_is_not_there(self, cli: Callable[..., Any], tmp_path: Path) -> None:
+        result = cli(
+            "train", "spm", "--pretrained_model_name_or_path", tmp_path / "absent", "--erase", "cat",
+            "--output_dir", tmp_path / "out", code=1,
+        )  # fmt: skip
+        assert "absent" in result.stderr
+        assert len(result.stderr.strip().splitlines()[-1]) > 20

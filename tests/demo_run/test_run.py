@@ -1,0 +1,74 @@
+"""The whole demo on a tiny stand-in for the bundled model; the real one is in the slow tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from expunge import SPMAdapter, demo
+from expunge.demo.classifier import PictureClassifier
+from expunge.demo_run.run import run_demo
+from expunge.errors import InvalidInputError
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch: pytest.MonkeyPatch, tables: dict[str, Any], tiny_sd: Callable[..., Any]) -> Any:
+    """Puts a tiny pipeline, an untrained classifier and no shipped erasures in the place of the bundled ones."""
+    pipe = tiny_sd()
+    classifier = PictureClassifier(list(tables["objects"]), tables["styles"], width=8).eval()
+    monkeypatch.setattr(demo, "captions", lambda: tables)
+    monkeypatch.setattr(demo, "load", lambda **_: pipe)
+    monkeypatch.setattr(demo, "classifier", lambda: classifier)
+    monkeypatch.setattr(demo, "adapters", dict)
+    return pipe
+
+
+def test_the_demo_writes_everything_it_promises(tiny_demo: Any, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in tiny_demo.unet.state_dict().items()}
+    result = run_demo(tmp_path / "out", concept="cat", max_train_steps=2)
+    folder = tmp_path / "out"
+    assert SPMAdapter.from_pretrained(folder / "cat-spm").concepts == ["cat"]
+    record = json.loads((folder / "results.json").read_text())
+    assert record["concept"] == "cat"
+    assert len(record["pictures"]) == len(result.shots)
+    assert record["untouched"]["n"] == sum(shot.erased is None for shot in result.shots)
+    for name in ("erased.png", "untouched.png"):
+        assert Image.open(folder / name).size[0] > 300
+    assert "data:image/png" in (folder / "index.html").read_text()
+    after = tiny_demo.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_closed_gates_mean_the_same_bits(tiny_demo: Any, tmp_path: Path) -> None:
+    result = run_demo(tmp_path, concept="cat", max_train_steps=2)
+    closed = [max(gates.values()) == 0 for gates in result.gates]
+    assert any(closed)
+    assert all(same for same, shut in zip(result.same, closed, strict=True) if shut)
+    opened = [gates["cat"] > 0 for gates, shot in zip(result.gates, result.shots, strict=True) if shot.erased == "cat"]
+    assert all(opened)
+
+
+def test_shipped_erasures_stand_beside_but_for_the_same_concept(
+    tiny_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_demo(tmp_path / "cat", concept="cat", max_train_steps=1)
+    run_demo(tmp_path / "dog", concept="dog", max_train_steps=1)
+    shipped = {"cat": tmp_path / "cat" / "cat-spm", "dog": tmp_path / "dog" / "dog-spm"}
+    monkeypatch.setattr(demo, "adapters", lambda: shipped)
+    result = run_demo(tmp_path / "both", concept="cat", max_train_steps=1)
+    assert result.shipped == ["dog"]
+    assert {row.erased for row in result.rows} == {"cat", "dog", None}
+    assert set(result.gates[0]) == {"cat", "dog"}
+
+
+def test_an_unknown_concept_is_refused_before_anything_is_done(tiny_demo: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="unicorn"):
+        run_demo(tmp_path / "out", concept="unicorn")
+    assert not (tmp_path / "out" / "results.json").exists()
