@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
-from expunge.cli.shared import Debug, Json, command, emit, err, note, out
+from expunge.cli import options as o
+from expunge.cli.shared import command, emit, err, note, out
 
 
 @command
 def demo(
-    concept: Annotated[
-        str, typer.Option("--concept", help="Object or style of the bundled model to erase, such as cat or neon.")
-    ] = "cat",
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the pictures and the page.")] = Path(
-        "demo-output"
-    ),
-    seed: Annotated[int, typer.Option("--seed", help="Of the training and of the first picture.", min=0)] = 0,
-    max_train_steps: Annotated[
-        int | None, typer.Option("--max_train_steps", help="Training steps; the preset's if left out.", min=1)
-    ] = None,
-    json_output: Json = False,
-    debug: Debug = False,
+    concept: o.DemoConcept = "cat",
+    output_dir: o.OutputDir = Path("demo-output"),
+    seed: o.Seed = 0,
+    max_train_steps: o.DemoSteps = None,
+    json_output: o.Json = False,
+    debug: o.Debug = False,
 ) -> None:
     """Erase a concept from the bundled model and show before and after: PNGs, results.json and a page."""
     from diffusers.utils import logging as diffusers_logging

@@ -4,86 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from expunge.cli.shared import (
-    Base,
-    Concepts,
-    Debug,
-    Device,
-    DType,
-    Json,
-    Placement,
-    Revision,
-    Variant,
-    command,
-    emit,
-    new_folder,
-    note,
-    out,
-)
+from expunge.cli import options as o
+from expunge.cli.shared import Placement, command, emit, new_folder, note, out
 from expunge.errors import InvalidInputError
-
-Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; repeatable.", metavar="TEXT")]
-Erasures = Annotated[
-    list[str] | None,
-    typer.Option("--erasures", help="Artefact folder, file or hub id of an erasure; repeatable.", metavar="ARTEFACT"),
-]
 
 
 @command
 def generate(
-    pretrained_model_name_or_path: Base,
-    prompt: Prompts,
-    erasures: Erasures = None,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder of the pictures.")] = Path("generated"),
-    concepts: Concepts = None,
-    negative_prompt: Annotated[str | None, typer.Option("--negative_prompt")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")] = 0,
-    num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 1,
-    num_inference_steps: Annotated[int | None, typer.Option("--num_inference_steps", min=1)] = None,
-    guidance_scale: Annotated[float | None, typer.Option("--guidance_scale")] = None,
-    height: Annotated[int | None, typer.Option("--height", min=8)] = None,
-    width: Annotated[int | None, typer.Option("--width", min=8)] = None,
-    combine: Annotated[
-        Literal["linear", "official"], typer.Option("--combine", help="How several erasures add up.")
-    ] = "linear",
-    gate: Annotated[float | None, typer.Option("--gate", help="One gate for everything instead of the text's.")] = None,
-    gate_threshold: Annotated[
-        float | None, typer.Option("--gate_threshold", help="Gates below become 0; each erasure's own if left out.")
-    ] = None,
-    multiplier: Annotated[float, typer.Option("--multiplier", help="Strength of the erasures.")] = 1.0,
-    gate_negative: Annotated[
-        bool, typer.Option("--gate_negative/--no_gate_negative", help="Gate negative rows like their partners.")
-    ] = True,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow_mismatch", help="Accept erasures that were made for another base.")
-    ] = False,
-    revision: Revision = None,
-    variant: Variant = None,
-    device: Device = None,
-    dtype: DType = None,
-    json_output: Json = False,
-    debug: Debug = False,
+    pretrained_model_name_or_path: o.Base,
+    prompt: o.Prompts,
+    erasures: o.Erasures = None,
+    output_dir: o.OutputDir = Path("generated"),
+    concepts: o.Concepts = None,
+    negative_prompt: o.NegativePrompt = None,
+    seed: o.Seed = 0,
+    num_images_per_prompt: o.Images = 1,
+    num_inference_steps: o.Steps = None,
+    guidance_scale: o.Guidance = None,
+    height: o.Height = None,
+    width: o.Width = None,
+    combine: o.Combine = None,
+    gate: o.Gate = None,
+    gate_threshold: o.Threshold = None,
+    multiplier: o.Multiplier = None,
+    gate_negative: o.GateNegative = None,
+    allow_mismatch: o.AllowMismatch = None,
+    revision: o.Revision = None,
+    variant: o.Variant = None,
+    device: o.Device = None,
+    dtype: o.DType = None,
+    json_output: o.Json = False,
+    debug: o.Debug = False,
 ) -> None:
     """Draw pictures with concepts erased; writes PNG files and report.json with the gates."""
     folder = new_folder(output_dir)
     placement = Placement.choose(device, dtype)
-    # Only what differs from the defaults is passed on: a folder saved erased has settings of its own.
-    asked = {
-        "combine": combine if combine != "linear" else None,
-        "gate": gate,
-        "gate_threshold": gate_threshold,
-        "multiplier": multiplier if multiplier != 1.0 else None,
-        "gate_negative": None if gate_negative else False,
-        "allow_mismatch": allow_mismatch or None,
-    }
-    settings = {name: value for name, value in asked.items() if value is not None}
+    # Only what is asked for is passed on: a folder that was saved erased has settings of its own.
+    settings = given(
+        combine=combine,
+        gate=gate,
+        gate_threshold=gate_threshold,
+        multiplier=multiplier,
+        gate_negative=gate_negative,
+        allow_mismatch=allow_mismatch,
+    )
     note(f"Loading {pretrained_model_name_or_path} ({placement.dtype} on {placement.device})")
     pipe = load_erased(
         pretrained_model_name_or_path,
@@ -93,14 +63,14 @@ def generate(
         revision=revision,
         variant=variant,
     )
-    call = {
-        "negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompt),
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-    }
-    result = draw(pipe, prompt, num_images_per_prompt, seed, {k: v for k, v in call.items() if v is not None})
+    call = given(
+        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompt),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+    )
+    result = draw(pipe, prompt, num_images_per_prompt, seed, call)
     report = save(folder, result, prompt, num_images_per_prompt, seed)
     report |= {"model": pretrained_model_name_or_path, "settings": settings, **placement.to_dict(), "call": call}
     (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
@@ -109,6 +79,11 @@ def generate(
     else:
         out.print(picture_table(report))
         note(f"{len(report['images'])} pictures and report.json are in {folder}")
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that were said on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def adapters(artefacts: list[str], concepts: list[str] | None) -> list[Any]:

@@ -5,34 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.text import Text
 
-from expunge.cli.shared import (
-    Concepts,
-    Debug,
-    Device,
-    Json,
-    Placement,
-    command,
-    emit,
-    facts,
-    flat,
-    load_base,
-    note,
-    out,
-)
+from expunge.cli import options as o
+from expunge.cli.shared import Placement, command, emit, facts, flat, load_base, note, out
 from expunge.errors import AdapterFormatError, AdapterMismatchError
 
-Artefact = Annotated[str, typer.Argument(help="Artefact folder, adapter file, erased pipeline or hub id.")]
 # The LoRA-shaped copies in an artefact folder that plain diffusers and PEFT read.
 COMPANIONS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 @command
-def info(artefact: Artefact, concepts: Concepts = None, json_output: Json = False, debug: Debug = False) -> None:
+def info(
+    artefact: o.Artefact, concepts: o.Concepts = None, json_output: o.Json = False, debug: o.Debug = False
+) -> None:
     """Say what an erasure is: concepts, base, size, threshold, and how it was trained."""
     found = [describe(read(source, concepts), source) for source in sources(artefact)]
     if json_output:
@@ -49,12 +37,12 @@ def info(artefact: Artefact, concepts: Concepts = None, json_output: Json = Fals
 
 @command
 def check(
-    artefact: Artefact,
-    base: Annotated[str | None, typer.Option("--base", help="Folder or hub id of the pipeline it should fit.")] = None,
-    concepts: Concepts = None,
-    device: Device = None,
-    json_output: Json = False,
-    debug: Debug = False,
+    artefact: o.Artefact,
+    base: o.CheckBase = None,
+    concepts: o.Concepts = None,
+    device: o.Device = None,
+    json_output: o.Json = False,
+    debug: o.Debug = False,
 ) -> None:
     """Check an erasure strictly: every tensor read, finite and in place, copies equal, and the base it was made for."""
     pipe = None if base is None else load_base(base, Placement.choose(device, "float32"))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,22 +23,6 @@ R = TypeVar("R")
 # Results go to stdout; progress, notes and errors to stderr, so that `--json` can be piped.
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.")]
-Base = Annotated[
-    str, typer.Option("--pretrained_model_name_or_path", help="Folder or hub id of the base pipeline.", metavar="MODEL")
-]
-Concepts = Annotated[
-    list[str] | None,
-    typer.Option("--concepts", help="Concepts of a file that does not name its own; repeatable.", metavar="TEXT"),
-]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
-Variant = Annotated[str | None, typer.Option("--variant", help='Variant of the weight files, such as "fp16".')]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one.")]
-DType = Annotated[
-    str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; float16 on CUDA, else float32.")
-]
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

@@ -15,20 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from expunge.cli.shared import (
-    Debug,
-    Device,
-    DType,
-    Json,
-    Placement,
-    Revision,
-    Variant,
-    command,
-    emit,
-    load_base,
-    new_folder,
-    note,
-)
+from expunge.cli import options as o
+from expunge.cli.shared import Placement, command, emit, load_base, new_folder, note
 from expunge.errors import InvalidInputError
 
 
@@ -40,15 +28,6 @@ class Method:
     train: tuple[str, str]  # module, function (pipe, config, *, output_dir, progress) -> adapter
     fields: Callable[[list[str], str | None, dict[str, Any]], dict[str, Any]]  # of --erase, preset and other options
     summary: str
-
-
-Erase = Annotated[
-    list[str] | None, typer.Option("--erase", help="Concept to erase; repeatable for one adapter of several.")
-]
-Preset = Annotated[str | None, typer.Option("--preset", help="Start from a named set of values, such as demo.")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="Start from a YAML file, ours or the method's reference's.")
-]
 
 
 class MethodGroup(TyperGroup):
@@ -73,15 +52,15 @@ def training_command(method: Method) -> Callable[..., None]:
     config_class = getattr(import_module(method.config[0]), method.config[1])
     fields = config_options(config_class)
     general = [
-        option("erase", None, Erase),
-        option("preset", None, Preset),
-        option("config", None, ConfigFile),
-        option("revision", None, Revision),
-        option("variant", None, Variant),
-        option("device", None, Device),
-        option("dtype", None, DType),
-        option("json_output", False, Json),
-        option("debug", False, Debug),
+        option("erase", None, o.Erase),
+        option("preset", None, o.Preset),
+        option("config", None, o.ConfigFile),
+        option("revision", None, o.Revision),
+        option("variant", None, o.Variant),
+        option("device", None, o.Device),
+        option("dtype", None, o.DType),
+        option("json_output", False, o.Json),
+        option("debug", False, o.Debug),
     ]
 
     def train(**values: Any) -> None:

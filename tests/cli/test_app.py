@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import expunge
 from expunge.cli import app
-from expunge.cli.shared import Debug, Json, command, emit
+from expunge.cli.options import Debug, Json
+from expunge.cli.shared import command, emit
 from expunge.errors import AdapterFormatError, ExpungeError
 
 

@@ -1,0 +1,60 @@
+"""The options that commands offer, by the names of the diffusers training scripts where those have one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def option(name: str, help: str, **more: Any) -> Any:
+    return typer.Option(name, help=help, **more)
+
+
+# Every command
+Json = Annotated[bool, option("--json", "Print the result as JSON on stdout.")]
+Debug = Annotated[bool, option("--debug", "Show tracebacks and the libraries' own messages.")]
+
+# A base pipeline
+Base = Annotated[str, option("--pretrained_model_name_or_path", "Folder or hub id of the base pipeline.")]
+Revision = Annotated[str | None, option("--revision", "Branch, tag or commit of a model on the hub.")]
+Variant = Annotated[str | None, option("--variant", 'Variant of the weight files, such as "fp16".')]
+Device = Annotated[str | None, option("--device", "cpu, cuda, cuda:1, mps; a GPU if there is one.")]
+DType = Annotated[str | None, option("--dtype", "float32, float16 or bfloat16; float16 on CUDA, else float32.")]
+
+# Erasures
+Artefact = Annotated[str, typer.Argument(help="Artefact folder, adapter file, erased pipeline or hub id.")]
+Concepts = Annotated[list[str] | None, option("--concepts", "Concepts of a file that does not name its own.")]
+Erasures = Annotated[list[str] | None, option("--erasures", "Artefact folder, file or hub id; repeatable.")]
+Combine = Annotated[Literal["linear", "official"] | None, option("--combine", "How several add up.")]
+Gate = Annotated[float | None, option("--gate", "One gate for everything instead of the text's.")]
+Threshold = Annotated[float | None, option("--gate_threshold", "Gates below become 0; if left out, each one's own.")]
+Multiplier = Annotated[float | None, option("--multiplier", "Strength of the erasures.")]
+GateNegative = Annotated[
+    bool | None, option("--gate_negative/--no_gate_negative", "Gate negative rows like their partners.")
+]
+AllowMismatch = Annotated[bool | None, option("--allow_mismatch", "Accept erasures made for another base.")]
+CheckBase = Annotated[str | None, option("--base", "Folder or hub id of the pipeline it should fit.")]
+
+# Pictures
+Prompts = Annotated[list[str], option("--prompt", "What to draw; repeatable.")]
+NegativePrompt = Annotated[str | None, option("--negative_prompt", "What to stay away from.")]
+OutputDir = Annotated[Path, option("--output_dir", "Folder of what is written.")]
+Seed = Annotated[int, option("--seed", "Of the first picture; the next ones count up.", min=0)]
+Images = Annotated[int, option("--num_images_per_prompt", "Pictures for each prompt.", min=1)]
+Steps = Annotated[
+    int | None, option("--num_inference_steps", "Denoising steps; the pipeline's own if left out.", min=1)
+]
+Guidance = Annotated[float | None, option("--guidance_scale", "Classifier-free guidance.")]
+Height = Annotated[int | None, option("--height", "Pixels; the model's own if left out.", min=8)]
+Width = Annotated[int | None, option("--width", "Pixels; the model's own if left out.", min=8)]
+
+# Training
+Erase = Annotated[list[str] | None, option("--erase", "Concept to erase; repeatable for one adapter of several.")]
+Preset = Annotated[str | None, option("--preset", "Start from a named set of values, such as demo.")]
+ConfigFile = Annotated[Path | None, option("--config", "Start from a YAML file, ours or the method's reference's.")]
+
+# The demo
+DemoConcept = Annotated[str, option("--concept", "Object or style of the bundled model, such as cat or neon.")]
+DemoSteps = Annotated[int | None, option("--max_train_steps", "Training steps; the preset's if left out.", min=1)]
