@@ -46,7 +46,7 @@ def make_adapter(tiny_sd: Callable[..., Any]) -> Callable[..., SPMAdapter]:
     def make(concept: str = "cat", *, threshold: float | None = None, seed: int = 0) -> SPMAdapter:
         generator = torch.Generator().manual_seed(seed)
         factors = {path: random_factors(layer, generator) for path, layer in find_sites(tiny_sd().unet).items()}
-        settings = {"method": "spm", "config": {"max_train_steps": 7, "concepts": [concept]}}
+        settings = {"max_train_steps": 7, "concepts": [concept]}
         return SPMAdapter(factors, [Concept(concept)], threshold=threshold, settings=settings)
 
     return make

@@ -71,7 +71,7 @@ class TestTraining:
         assert adapter.concepts == ["cat"]
         assert adapter.neutral == "dog"
         assert json.loads(result.stdout)["concepts"] == ["cat"]
-        assert adapter.settings["config"]["max_train_steps"] == 2
+        assert adapter.settings["max_train_steps"] == 2
 
     def test_a_seed_gives_the_same_file(self, cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
         for name in ("one", "two"):

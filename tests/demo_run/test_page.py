@@ -69,7 +69,7 @@ def result(concept: str = "cat") -> Any:
         gates=[{concept: 1.0, "neon": 0.0}, {concept: 0.0, "neon": 0.75}, {concept: 0.0, "neon": 0.0}],
         readings=[((concept, "noto"), ("owl", "noto")), (("dog", "neon"), ("dog", "neon")), (("car", "noto"),) * 2],
         rows=rows,
-        settings={"method": "spm", "config": {"max_train_steps": 250, "prompts": [{"target": "x"}]}},
+        settings={"max_train_steps": 250, "prompts": [{"target": "x"}]},
         seconds={"load": 1.0, "before": 20.0, "train": 120.0, "after": 25.0},
         folder=Path(),
     )
