@@ -6,9 +6,10 @@ Formula (SPM, arXiv 2312.16145, eq. 3; the same as LoRA's): y = W x + (alpha / r
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from expunge.errors import InvalidInputError
@@ -96,6 +97,16 @@ def is_site_path(path: str) -> bool:
     return len(path) <= MAX_SITE_PATH and SITE_PATH.fullmatch(path) is not None
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether every value is finite. Works for every floating dtype."""
-    return bool(torch.isfinite(tensor).all())
+def commonest_alpha(factors: Mapping[str, Factors]) -> float:
+    """The alpha of most sites; of equally common ones the smallest, so that the sites' order does not matter."""
+    return _commonest([float(item.alpha) for item in factors.values()])
+
+
+def commonest_rank(factors: Mapping[str, Factors]) -> int:
+    """The rank of most sites; of equally common ones the smallest."""
+    return int(_commonest([item.rank for item in factors.values()]))
+
+
+def _commonest(values: list[int] | list[float]) -> float:
+    counts = Counter(values)
+    return max(sorted(counts), key=lambda value: counts[value])

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from expunge.erase_ops.formats.factors import Factors, is_site_path
+from expunge.erase_ops.formats.factors import Factors, commonest_alpha, is_site_path
 from expunge.erase_ops.formats.tensors import check_weights
 from expunge.erase_ops.formats.unet_names import flatten, unflatten
 from expunge.errors import AdapterFormatError, InvalidInputError, NonFiniteError, UnsupportedOperationError
@@ -210,10 +210,14 @@ def _hint(unexpected: list[str]) -> str:
 def kohya_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """The tensors of a kohya file, which is also the SPM reference's layout.
 
+    All sites get the commonest alpha; where a site's is another, the ratio is folded into `lora_up`: diffusers 0.42
+    ignores alphas of single attention layers in such files.
+
     Raises:
         UnsupportedOperationError: if a site's name could not be read back.
     """
     tensors = {}
+    alpha = commonest_alpha(factors)
     for site, item in factors.items():
         if unflatten(flatten(site)) != site:
             raise UnsupportedOperationError(
@@ -224,8 +228,8 @@ def kohya_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
             )
         prefix = KOHYA_PREFIX + flatten(site)
         tensors[f"{prefix}.lora_down.weight"] = item.down.detach().float()
-        tensors[f"{prefix}.lora_up.weight"] = item.up.detach().float()
-        tensors[f"{prefix}.alpha"] = torch.tensor(item.alpha, dtype=torch.float32)
+        tensors[f"{prefix}.lora_up.weight"] = item.up.detach().float() * (item.alpha / alpha)
+        tensors[f"{prefix}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
 
 

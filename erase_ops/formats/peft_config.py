@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from expunge.erase_ops.formats.factors import Factors
+from expunge.erase_ops.formats.factors import Factors, commonest_alpha, commonest_rank
 from expunge.erase_ops.formats.lora import check_alpha
 from expunge.errors import AdapterFormatError
 
@@ -128,8 +127,7 @@ def peft_config(factors: Mapping[str, Factors]) -> dict[str, Any]:
 
     The commonest rank and alpha are the defaults; sites that differ are named by their whole path.
     """
-    rank = _commonest(item.rank for item in factors.values())
-    alpha = _commonest(item.alpha for item in factors.values())
+    rank, alpha = commonest_rank(factors), commonest_alpha(factors)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -146,11 +144,6 @@ def peft_config(factors: Mapping[str, Factors]) -> dict[str, Any]:
         "init_lora_weights": True,
         "use_rslora": False,
     }
-
-
-def _commonest(values: Any) -> Any:
-    # Of equally common ones the smallest, so that the order of the sites does not matter.
-    return max(sorted(Counter(values).items()), key=lambda item: item[1])[0]
 
 
 def _plain(alpha: float) -> float | int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
 
 from expunge.erase_ops.artefact import Artefact
-from expunge.erase_ops.formats.factors import Factors
+from expunge.erase_ops.formats.factors import Factors, commonest_alpha
 from expunge.erase_ops.formats.lora import check_alpha
 from expunge.erase_ops.spm.concepts import Concept
 from expunge.errors import AdapterFormatError, InvalidInputError
@@ -61,8 +60,7 @@ def spm_manifest_parts(
                 "all_token_ids": None if concept.all_token_ids is None else list(concept.all_token_ids),
             }
         )
-    counts = Counter(float(item.alpha) for item in factors.values())
-    default = max(sorted(counts), key=lambda alpha: counts[alpha])
+    default = commonest_alpha(factors)
     sites = {site: float(item.alpha) for site, item in factors.items() if item.alpha != default}
     return tensors, {"alpha": {"default": default, "sites": sites}}, entries
 
