@@ -1,0 +1,289 @@
+"""ErasedPipeline: a diffusers pipeline with concepts erased; `erase` and `restore` for pipelines that exist already.
+
+The arithmetic of an erasure is in the denoiser (`expunge.erase_ops.attach`), so that it acts in every pipeline that
+uses this denoiser. What an erased pipeline adds: it knows the rows of its calls, so that negative rows follow their
+prompts, tokens count and weights are merged; it checks each call from end to end; it reports; it saves and loads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from expunge.erase_ops.attach import attach, attachment_of, detach
+from expunge.erase_ops.fingerprint import architecture_fingerprint
+from expunge.erase_ops.sites import unwrap
+from expunge.erase_ops.spm.adapter import SPMAdapter
+from expunge.errors import AdapterMismatchError, InvalidInputError, UnsupportedOperationError
+from expunge.pipelines.call import exclusive
+from expunge.pipelines.conditioning import PipelineFamily, fit_adapter
+from expunge.pipelines.report import ErasureReport, make_report
+from expunge.pipelines.saving import (
+    check_saveable,
+    find_erasures,
+    read_erasures,
+    read_model_index,
+    saved_config,
+    write_erasures,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Erasure: TypeAlias = SPMAdapter | str | os.PathLike[str]
+ERASE_ARGUMENTS = ("combine", "gate", "gate_threshold", "multiplier", "gate_negative", "allow_mismatch")
+_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
+
+# The report of each pipeline's last call; by pipeline, module-level, so that copies and pickles do not carry it.
+_REPORTS: WeakKeyDictionary[ErasedPipeline, ErasureReport] = WeakKeyDictionary()
+
+
+class ErasedPipeline:
+    """A diffusers pipeline with concepts erased; `from_pretrained` picks the class. All that its base can do works.
+
+    Example:
+        >>> from expunge import ErasedPipeline
+        >>> pipe = ErasedPipeline.from_pretrained("model", erasures=["cat-spm"])  # doctest: +SKIP
+        >>> image = pipe("a cat on a sofa").images[0]  # doctest: +SKIP
+        >>> print(pipe.erasures)  # doctest: +SKIP
+
+    Attributes:
+        base: the diffusers class that it derives from.
+        family: where that class keeps denoiser and text encoders.
+    """
+
+    base: type[DiffusionPipeline]
+    family: PipelineFamily
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        erasures: Erasure | Sequence[Erasure] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a pipeline as its diffusers class's `from_pretrained` does, and erases.
+
+        Args:
+            pretrained_model_name_or_path: a folder or Hub id. Called on `ErasedPipeline` itself, its model_index.json
+                decides the class; call it on a class of `expunge.pipelines.families` for another task.
+            erasures: as in `erase`. None: those that the folder was saved with by `ErasedPipeline.save_pretrained`,
+                with their settings.
+            kwargs: the keyword arguments of `erase`, and all of the diffusers class's `from_pretrained`.
+
+        Returns:
+            an erased pipeline.
+
+        Raises:
+            InvalidInputError: if there is nothing to erase, or both the folder and `erasures` say what.
+            UnsupportedOperationError: if the pipeline cannot be erased, or a custom_pipeline is asked for.
+            and what `erase` raises.
+        """
+        if kwargs.get("custom_pipeline") is not None:
+            raise UnsupportedOperationError(
+                "custom_pipeline",
+                expected="None",
+                found=repr(kwargs["custom_pipeline"]),
+                fix="Load the pipeline with diffusers and call expunge.erase(pipe, erasures).",
+            )
+        settings = {name: kwargs.pop(name) for name in ERASE_ARGUMENTS if name in kwargs}
+        if cls is ErasedPipeline:
+            from expunge.pipelines.families import erased_class_named  # the table of this class's subclasses
+
+            kind = erased_class_named(read_model_index(pretrained_model_name_or_path, kwargs).get("_class_name"))
+        else:
+            kind = cls
+        folder = find_erasures(pretrained_model_name_or_path, kwargs)
+        if (erasures is None) == (folder is None):
+            raise InvalidInputError(
+                "erasures",
+                expected="what to erase, said either by the argument or by the folder",
+                found="neither" if folder is None else f"both, the folder having been saved with {folder.parent}",
+                fix="Pass erasures=[...]; a model without erasures is loaded with diffusers."
+                if folder is None
+                else "Leave out the argument, or load the base model with diffusers and call erase(pipe, erasures).",
+            )
+        if folder is not None:
+            adapters, stored = read_erasures(folder)
+            settings = stored | settings
+        else:
+            adapters = load_adapters(erasures, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+        pipe = super(ErasedPipeline, kind).from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        return erase(pipe, adapters, **settings)
+
+    @property
+    def erasures(self) -> ErasureReport:
+        """What is erased, and the gates of this pipeline's last call; `print` shows a table."""
+        denoiser = self._denoiser()
+        last, attachment = _REPORTS.get(self), attachment_of(denoiser)
+        if attachment is None:
+            return ErasureReport.lost(last)
+        return make_report(attachment, denoiser, last.images if last is not None else ())
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Saves the base model, without the erasures in its weights, under its diffusers class's name, and the erasures
+        beside it, in the folder `erasures`. `ErasedPipeline.from_pretrained` puts both together again.
+
+        Args:
+            save_directory: as in diffusers, and so are the further arguments.
+
+        Raises:
+            UnsupportedOperationError: if LoRAs or other PEFT adapters are loaded, which diffusers cannot save inside a
+                model.
+            ErasureLostError: if the erasure is no longer there.
+        """
+        check_saveable(self)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_erasures(self, Path(save_directory))
+
+    def to_json_string(self) -> str:
+        """The configuration, in the name of the diffusers class: what is saved is a model of that class."""
+        return saved_config(super().to_json_string(), self.base.__name__)  # type: ignore[misc]
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        write_erasures(self, Path(working_dir))  # diffusers has just written a model card of its own
+        return super()._upload_folder(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+    def _denoiser(self) -> nn.Module:
+        denoiser: nn.Module = getattr(self, self.family.denoiser)
+        return denoiser
+
+    def _remember(self, report: ErasureReport) -> None:
+        _REPORTS[self] = report
+
+
+def erase(
+    pipe: Any,
+    erasures: Erasure | Sequence[Erasure],
+    *,
+    combine: str = "linear",
+    gate: float | None = None,
+    gate_threshold: float | None = None,
+    multiplier: float | Sequence[float] = 1.0,
+    gate_negative: bool = True,
+    allow_mismatch: bool = False,
+) -> Any:
+    """Erases concepts from a pipeline, in place. Whatever was erased from it before is replaced, not added to.
+
+    Args:
+        pipe: a pipeline of a class in `expunge.pipelines.families.ERASED`, or of a subclass. It becomes an
+            `ErasedPipeline`; other pipelines that use its denoiser are erased with it.
+        erasures: adapters, their folders or files, or Hub ids; one or several.
+        combine: "linear": the gated erasures add up; "official": the SPM reference's inference.
+        gate: the same gate for all prompts, such as 1.0 for always on; None: each prompt's text decides.
+        gate_threshold: gates below it are exactly 0, for all erasures (0.0: no threshold); None: the threshold that is
+            stored with each, or 0.0 if there is none.
+        multiplier: strength, of all or of each erasure; above 1 is allowed.
+        gate_negative: whether negative prompts carry the gates of their positive partners; False: they have gate 0.
+        allow_mismatch: accept erasures made for another base model or other text encoders, as far as the shapes fit.
+
+    Returns:
+        `pipe`.
+
+    Raises:
+        UnsupportedOperationError: if the pipeline, its denoiser or one of its layers cannot be erased, or a call of the
+            pipeline is running.
+        AdapterMismatchError: if an erasure was made for another model.
+        AdapterFormatError, NonFiniteError, UnsafePathError: if a file is not valid.
+        InvalidInputError: if an argument is not valid. Nothing is changed in any of these cases.
+    """
+    from expunge.pipelines.families import erased_class  # the table of this file's class
+
+    kind = erased_class(type(pipe))
+    denoiser = getattr(pipe, kind.family.denoiser)
+    adapters = load_adapters(erasures)
+    with exclusive(denoiser, "erase"):
+        attachment = attach(
+            denoiser,
+            [_fit(one, pipe, kind.family, gated=gate is None, allow_mismatch=allow_mismatch) for one in adapters],
+            combine=combine,
+            gate=gate,
+            gate_threshold=gate_threshold,
+            multiplier=multiplier,
+            gate_negative=gate_negative,
+        )
+        pipe.__class__ = kind
+        _REPORTS[pipe] = make_report(attachment, denoiser)
+    return pipe
+
+
+def restore(pipe: Any) -> Any:
+    """Takes all erasures off a pipeline, in place: its output is the base model's again, bit for bit.
+
+    Args:
+        pipe: an erased pipeline, or any that shares an erased denoiser. A pipeline without erasures is left as it is.
+
+    Returns:
+        `pipe`, of its diffusers class again.
+
+    Raises:
+        UnsupportedOperationError: if a call of the pipeline is running.
+    """
+    family = getattr(pipe, "family", None)
+    denoiser = getattr(pipe, family.denoiser if isinstance(family, PipelineFamily) else "unet", None)
+    if isinstance(denoiser, nn.Module):
+        with exclusive(denoiser, "restore"):
+            detach(denoiser)
+    if isinstance(pipe, ErasedPipeline):
+        _REPORTS.pop(pipe, None)
+        pipe.__class__ = pipe.base
+    return pipe
+
+
+def load_adapters(erasures: Erasure | Sequence[Erasure] | None, **hub: Any) -> list[SPMAdapter]:
+    """One or several adapters, each given as such, or as a path or Hub id to read it from.
+
+    Raises:
+        InvalidInputError: if there is none, or one is of another type.
+        and what `SPMAdapter.from_pretrained` raises.
+    """
+    given = list(erasures) if isinstance(erasures, Sequence) and not isinstance(erasures, str) else [erasures]
+    adapters = []
+    for erasure in given:
+        if isinstance(erasure, SPMAdapter):
+            adapters.append(erasure)
+        elif isinstance(erasure, str | os.PathLike):
+            adapters.append(SPMAdapter.from_pretrained(os.fspath(erasure), **hub))
+        else:
+            raise InvalidInputError(
+                "erasures",
+                expected="an SPMAdapter, a path or a Hub id, or a list of them",
+                found=type(erasure).__name__,
+                fix="Pass what is to be erased.",
+            )
+    if not adapters:
+        raise InvalidInputError(
+            "erasures", expected="at least one", found="an empty list", fix="Pass what is to be erased."
+        )
+    return adapters
+
+
+def _fit(adapter: SPMAdapter, pipe: Any, family: PipelineFamily, *, gated: bool, allow_mismatch: bool) -> SPMAdapter:
+    """An adapter that is known to belong to a pipeline, with concept states of its text encoders if they are needed."""
+    if adapter.family != family.name:
+        raise AdapterMismatchError(
+            f"adapter {adapter.name!r}",
+            expected=f"the family {family.name!r} of {type(pipe).__name__}",
+            found=repr(adapter.family),
+            fix="Use an erasure that was made for this kind of model.",
+        )
+    found = architecture_fingerprint(unwrap(getattr(pipe, family.denoiser)))
+    if adapter.base_fingerprint not in (None, found):
+        if not allow_mismatch:
+            raise AdapterMismatchError(
+                f"adapter {adapter.name!r}",
+                expected=f"a denoiser of the architecture {adapter.base_fingerprint}",
+                found=found,
+                fix="Use the base model that it was made for, or pass allow_mismatch=True.",
+            )
+        adapter = replace(adapter, base_fingerprint=found)  # so that what is saved from here fits together
+    if not gated:
+        return adapter
+    return fit_adapter(adapter, pipe, family, pipe.encode_prompt, allow_mismatch=allow_mismatch)

@@ -1,0 +1,180 @@
+"""What is erased in a pipeline, whether it is all there, and how far each row's gates were open in the last call."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from expunge.erase_ops.carrier import Carrier
+from expunge.erase_ops.sites import resolve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from expunge.erase_ops.entry import Attachment
+
+ThresholdSource: TypeAlias = Literal["calibrated", "given", "none stored", "constant gate"]
+
+
+@dataclass(frozen=True)
+class ErasureRow:
+    """One erasure of a pipeline.
+
+    Args:
+        name: the adapter's name.
+        concepts: the texts of what it erases; its gate is the largest of theirs.
+        kind: the kind of artefact, such as `"spm"`.
+        attached: the sites that carry it now.
+        expected: the sites that it was trained for.
+        threshold: gates below it are exactly 0; None under a constant gate.
+        threshold_source: where it comes from: the calibration stored with the adapter, or the caller; an adapter that
+            has none stored gets 0.0.
+        multiplier: the strength that its change of the weights is multiplied by.
+    """
+
+    name: str
+    concepts: tuple[str, ...]
+    kind: str
+    attached: int
+    expected: int
+    threshold: float | None
+    threshold_source: ThresholdSource
+    multiplier: float
+
+    @property
+    def concept(self) -> str:
+        """The erased concepts as one text."""
+        return ", ".join(self.concepts)
+
+
+@dataclass(frozen=True)
+class ImageGates:
+    """The gates of one image, in the order of `ErasureReport.rows`.
+
+    Args:
+        prompt: the index of the image's prompt in the call.
+        gates: 0 (the base model's output, bit for bit) to 1 (fully erased).
+        decided_by: what decided each gate: "cosine", "overlap", "always" or "off".
+    """
+
+    prompt: int
+    gates: tuple[float, ...]
+    decided_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ErasureReport:
+    """What is erased, and the gates of one call: one `ErasureRow` for each erasure, one `ImageGates` for each image.
+
+    Args:
+        rows: the erasures.
+        images: the images of the call, in the output's order; empty before the first call.
+        combine: how the erasures of one layer are summed, "linear" or "official".
+        gate_negative: whether negative rows carry the gates of their positive partners.
+
+    Example:
+        >>> row = ErasureRow("cat", ("cat",), "spm", 16, 16, 0.8, "calibrated", 1.0)
+        >>> report = ErasureReport((row,), (ImageGates(0, (1.0,), ("overlap",)),), "linear", True)
+        >>> report.gates_of(0)
+        {'cat': 1.0}
+    """
+
+    rows: tuple[ErasureRow, ...]
+    images: tuple[ImageGates, ...] = ()
+    combine: str = "linear"
+    gate_negative: bool = True
+
+    @classmethod
+    def lost(cls, last: ErasureReport | None) -> ErasureReport:
+        """The report on a pipeline whose denoiser carries nothing any more, from the last one before."""
+        if last is None:
+            return cls(())
+        return replace(last, rows=tuple(replace(row, attached=0) for row in last.rows), images=())
+
+    def gates_of(self, image: int) -> dict[str, float]:
+        """The gate of each erasure, by its concepts, for one image of the call."""
+        return {row.concept: gate for row, gate in zip(self.rows, self.images[image].gates, strict=True)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON's types."""
+        return {
+            "combine": self.combine,
+            "gate_negative": self.gate_negative,
+            "erasures": [asdict(row) | {"concepts": list(row.concepts)} for row in self.rows],
+            "images": [
+                {"prompt": image.prompt, "gates": list(image.gates), "decided_by": list(image.decided_by)}
+                for image in self.images
+            ],
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def __rich__(self) -> Table:
+        """The table that `rich` prints."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("concept", "kind", "sites", "threshold", "multiplier")
+        for index in range(len(self.images)):
+            table.add_column(f"image {index}")
+        for position, row in enumerate(self.rows):
+            # Text, not str: a concept such as "[red]" is no markup.
+            cells = [row.concept, row.kind, f"{row.attached}/{row.expected}", _threshold(row), f"{row.multiplier:g}"]
+            cells += [_gate(image, position) for image in self.images]
+            table.add_row(*map(Text, cells))
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        width = 60 + 40 * len(self.images) + max((len(row.concept) for row in self.rows), default=0)
+        Console(file=text, width=width, color_system=None).print(self)
+        return text.getvalue().rstrip("\n")
+
+
+def _threshold(row: ErasureRow) -> str:
+    number = "" if row.threshold is None else f"{row.threshold:.3f} "
+    return f"{number}({row.threshold_source})"
+
+
+def _gate(image: ImageGates, position: int) -> str:
+    return f"{image.gates[position]:.3f} {image.decided_by[position]}"
+
+
+def make_report(attachment: Attachment, denoiser: nn.Module, images: Sequence[ImageGates] = ()) -> ErasureReport:
+    """The report on what a denoiser carries, with the gates of one call.
+
+    Args:
+        attachment: what was attached to the denoiser; it may have lost sites since.
+        denoiser: the denoiser.
+        images: the gates of the call's images.
+    """
+    settings = attachment.settings
+    found = {carrier.path: resolve(denoiser, carrier.path) for carrier in attachment.carriers}
+    carried = {path for path, layer in found.items() if isinstance(layer, Carrier) and layer.group is attachment.group}
+    rows = []
+    for index, adapter in enumerate(attachment.adapters):
+        source: ThresholdSource = "given" if settings.gate_threshold is not None else "calibrated"
+        if settings.gate_threshold is None and adapter.threshold is None:
+            source = "none stored"
+        constant = settings.gate is not None
+        rows.append(
+            ErasureRow(
+                name=adapter.name,
+                concepts=tuple(adapter.concepts),
+                kind="spm",
+                attached=len(carried & adapter.factors.keys()),
+                expected=len(adapter.factors),
+                threshold=None if constant else attachment.thresholds[index].item(),
+                threshold_source="constant gate" if constant else source,
+                multiplier=settings.multiplier[index],
+            )
+        )
+    return ErasureReport(tuple(rows), tuple(images), settings.combine, settings.gate_negative)

@@ -1,0 +1,197 @@
+"""A saved erased pipeline: the clean base model as diffusers writes it, and beside it
+
+    erasures/erasing.json       which erasures, in which order, and the arguments of `erase`
+    erasures/<name>/            the artefact of each
+    README.md                   gets a section that says what the folder is
+
+A plain pipeline opens the folder as what it is, the base model; `ErasedPipeline.from_pretrained` erases again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+
+from expunge.erase_ops.attach import attachment_of
+from expunge.erase_ops.formats.folders import check_name, locate, replace_file, subfolder_of
+from expunge.erase_ops.formats.tensors import json_bytes, read_json
+from expunge.erase_ops.spm.adapter import SPMAdapter
+from expunge.errors import AdapterFormatError, ErasureLostError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from expunge.erase_ops.entry import Attachment
+    from expunge.pipelines.erased import ErasedPipeline
+
+FORMAT_VERSION = 1
+FOLDER, SETTINGS = "erasures", "erasing.json"
+_ARGUMENTS = ("combine", "gate", "gate_threshold", "multiplier", "gate_negative")
+_HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+_CARD_BEGIN, _CARD_END = "<!-- expunge: begin -->", "<!-- expunge: end -->"
+_CARD = """\
+{begin}
+## Erased concepts
+
+The folder `erasures` makes this model forget {concepts}. The weights beside it are those of the clean base model:
+
+```python
+from expunge import ErasedPipeline
+
+pipe = ErasedPipeline.from_pretrained("<this folder or its Hub id>")  # the concepts are erased
+```
+
+`{base}.from_pretrained` opens the same folder as the base model, **without** any erasure.
+{end}
+"""
+
+
+# Saving
+
+
+def saved_config(text: str, class_name: str) -> str:
+    """A pipeline's configuration as diffusers writes it, under another class's name."""
+    return json.dumps(json.loads(text) | {"_class_name": class_name}, indent=2, sort_keys=True) + "\n"
+
+
+def check_saveable(pipe: ErasedPipeline) -> Attachment:
+    """What is to be saved beside a pipeline's weights.
+
+    Raises:
+        UnsupportedOperationError: if a component has PEFT adapters.
+        ErasureLostError: if the erasure is not there, or no longer whole.
+    """
+    denoiser = pipe._denoiser()
+    attachment = attachment_of(denoiser)
+    if attachment is None:
+        raise ErasureLostError(
+            "pipeline",
+            expected="a denoiser that carries erasures",
+            found="one without any",
+            fix="Call expunge.erase(pipe, erasures) again, or expunge.restore(pipe) to save a plain model.",
+        )
+    attachment.check(denoiser)
+    components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
+    for name, component in components.items():
+        if isinstance(component, nn.Module) and any(_peft_layers(component)):
+            raise UnsupportedOperationError(
+                f"save_pretrained: {name}",
+                expected="a model without PEFT adapters",
+                found="loaded LoRAs, whose layers diffusers would write under names that it cannot read back",
+                fix="Save them with save_lora_weights, call unload_lora_weights() and save again.",
+            )
+    return attachment
+
+
+def _peft_layers(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if hasattr(module, "adapter_layer_names"))
+
+
+def write_erasures(pipe: ErasedPipeline, directory: Path) -> None:
+    """Writes the erasures of a pipeline beside its saved weights; what an earlier save has put there is replaced."""
+    attachment = check_saveable(pipe)
+    folder = directory / FOLDER
+    before = _listed(folder)
+    names: list[str] = []
+    for adapter in attachment.adapters:
+        name = _unique(adapter.name, names)
+        adapter.save_pretrained(folder / name)
+        names.append(name)
+    arguments = {name: getattr(attachment.settings, name) for name in _ARGUMENTS}
+    record = {"format_version": FORMAT_VERSION, "erasures": names, "settings": arguments}
+    replace_file(folder / SETTINGS, json_bytes(record))  # last: from now on the folder is read as the new one
+    for name in before - set(names):
+        shutil.rmtree(folder / name)
+    _write_card(directory / "README.md", pipe.base.__name__, attachment)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The artefacts of an earlier save that are still there."""
+    if not (folder / SETTINGS).is_file():
+        return set()
+    names, _ = _read_settings(folder)
+    return {name for name in names if (folder / name).is_dir()}
+
+
+def _unique(name: str, taken: list[str]) -> str:
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name[:58]}-{number}"
+    return candidate
+
+
+def _write_card(path: Path, base: str, attachment: Attachment) -> None:
+    concepts = ", ".join(f"`{concept}`" for adapter in attachment.adapters for concept in adapter.concepts)
+    section = _CARD.format(begin=_CARD_BEGIN, end=_CARD_END, concepts=concepts, base=base)
+    text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: diffusers\n---\n\n"
+    pattern = re.compile(re.escape(_CARD_BEGIN) + ".*?" + re.escape(_CARD_END) + "\n?", re.DOTALL)
+    text = pattern.sub("", text).rstrip("\n") + "\n\n" + section
+    replace_file(path, text.encode())
+
+
+# Loading
+
+
+def read_model_index(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The model_index.json of a folder or of a repository on the Hub."""
+    config: dict[str, Any] = DiffusionPipeline.load_config(source, **_hub_arguments(kwargs))
+    return config
+
+
+def find_erasures(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path | None:
+    """The folder of erasures that a model was saved with, fetched if it is on the Hub; None if there is none."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local / FOLDER if (local / FOLDER / SETTINGS).is_file() else None
+    hub = _hub_arguments(kwargs)
+    hub.pop("proxies", None)
+    try:
+        huggingface_hub.hf_hub_download(str(source), f"{FOLDER}/{SETTINGS}", **hub)
+        root = huggingface_hub.snapshot_download(str(source), allow_patterns=[f"{FOLDER}/*"], **hub)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    return Path(root) / FOLDER
+
+
+def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
+
+
+def read_erasures(folder: Path) -> tuple[list[SPMAdapter], dict[str, Any]]:
+    """The erasures of a saved pipeline in their order, and the arguments of `erase`.
+
+    Raises:
+        AdapterFormatError, NonFiniteError, UnsafePathError: if a file is missing or not valid.
+    """
+    names, settings = _read_settings(folder)
+    return [SPMAdapter.from_pretrained(subfolder_of(folder, name)) for name in names], settings
+
+
+def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    path = locate(folder, SETTINGS)
+    record = {} if path is None else read_json(path)
+    names, settings = record.get("erasures"), record.get("settings")
+    valid = (
+        record.get("format_version") == FORMAT_VERSION
+        and isinstance(names, list)
+        and isinstance(settings, dict)
+        and set(settings) == set(_ARGUMENTS)
+    )
+    if not valid:
+        raise AdapterFormatError(
+            str(folder / SETTINGS),
+            expected=f"format_version {FORMAT_VERSION}, erasures and the settings {', '.join(_ARGUMENTS)}",
+            found=repr(record)[:200],
+            fix="Save the pipeline again, with the version of Expunge that is to read it.",
+        )
+    assert isinstance(names, list) and isinstance(settings, dict)
+    return [check_name(name, str(folder / SETTINGS)) for name in names], settings
