@@ -30,6 +30,7 @@ from expunge.erase_ops.spm.anchors import Anchors, AnchorSampler
 from expunge.erase_ops.spm.config import SPMTrainingConfig, fill
 from expunge.erase_ops.spm.objective import erasing_target, spm_loss
 from expunge.erase_ops.spm.states import StateSampler, TrainingState
+from expunge.erase_ops.training.config import about
 from expunge.erase_ops.training.families import Conditioning, StableDiffusion, family_of
 from expunge.erase_ops.training.loop import Callback, TrainingLoop, make_accelerator, seeded_generator
 from expunge.erase_ops.training.sampling import noise_grid
@@ -98,7 +99,7 @@ def train_spm(
         path: Factors(factors.down.detach().cpu(), factors.up.detach().cpu(), factors.alpha)
         for path, factors in adapter.factors.items()
     }
-    adapter.settings = {"method": "spm", "config": config.to_dict(), "final": history[-1] if history else {}}
+    adapter.settings = recorded_settings(pipe, config) | {"final_losses": history[-1] if history else {}}
     if folder is not None and accelerator.is_main_process:
         adapter.save_pretrained(folder)
     return adapter
@@ -271,6 +272,18 @@ def new_adapter(family: StableDiffusion, config: SPMTrainingConfig) -> SPMAdapte
     else:
         logger.warning("No benign_prompts: the adapter has no calibrated threshold and gates every prompt a little.")
     return adapter
+
+
+def recorded_settings(pipe: Any, config: SPMTrainingConfig) -> dict[str, Any]:
+    """What an adapter remembers of its training: the settings that its weights depend on, and no local path.
+
+    The calibration's prompts are left out, since they are many and its record says what came of them.
+    """
+    omitted = ("benign_prompts", "calibration_targets")
+    values = config.to_dict()
+    settings = {name: values[name] for name in values if not about(type(config), name).free and name not in omitted}
+    base = config.pretrained_model_name_or_path or getattr(pipe.config, "_name_or_path", None) or ""
+    return settings | {"pretrained_model_name_or_path": Path(base).name if Path(base).exists() else base}
 
 
 def new_factors(layer: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> Factors:

@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from expunge.erase_ops.gates import encode_states
 from expunge.errors import UnsupportedOperationError
 
 _ENCODE_BATCH = 64
@@ -108,7 +109,10 @@ class StableDiffusion:
         return Conditioning.cat(parts).to(self.device).rows([unique[prompt] for prompt in prompts])
 
     def _encode(self, prompts: list[str]) -> Conditioning:
-        states, _ = self.pipe.encode_prompt(prompts, self.device, 1, False, clip_skip=self.clip_skip)
+        if self.clip_skip is not None:  # diffusers 0.42 looks for the final norm where transformers 5 no longer has it
+            text = {"tokenizers": self.tokenizers, "text_encoders": self.text_encoders}
+            return Conditioning(encode_states(prompts=prompts, family="sd", clip_skip=self.clip_skip, **text))
+        states, _ = self.pipe.encode_prompt(prompts, self.device, 1, False)
         return Conditioning(states.float())
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
