@@ -73,10 +73,7 @@ def attach(
     if combine == "official":
         _check_ranks(adapters)
     group = Group()
-    carriers = [
-        _fill(make_carrier(layer, group, index, path), adapters, settings)
-        for index, (path, layer) in enumerate(layers.items())
-    ]
+    carriers = [_fill(make_carrier(layer, group, path), adapters, settings) for path, layer in layers.items()]
     attachment = Attachment(plain, adapters, settings, bank, group, carriers, layers)
     if previous is not None:
         detach(denoiser)

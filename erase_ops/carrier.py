@@ -2,17 +2,16 @@
 
 A carrier takes the place of its layer in the module tree. It shares the layer's very `_parameters` and hook tables, so
 that loading, casting, offloading and fine-tuning act on both; its factors are non-persistent buffers, so that the
-state dict stays the base model's. It acts on the current thread's `Route`, which the denoiser's entry sets and clears;
-a carrier that is reached without one raises, since running as the base layer would lose the erasure silently.
+state dict stays the base model's. What it has to do in a denoiser call is handed to it as its `Work`, by the denoiser's
+entry, for one thread and one call; a carrier that is reached without any raises, since running as the base layer would
+lose the erasure silently.
 """
 
 from __future__ import annotations
 
-import enum
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,43 +23,36 @@ from expunge.kernels.gated_lowrank import gated_lowrank, gated_lowrank_conv
 LowRank: TypeAlias = tuple[Tensor, Tensor, Tensor]  # down [R, in, ...], up [out, R], gate [B or 1, R]
 
 
-class Mode(enum.Enum):
-    """What the carriers do during one denoiser call."""
+class Work(NamedTuple):
+    """What one carrier does in one denoiser call. Both None: the base layer, bit for bit.
 
-    BASE = "base"  # every gate is zero: the base layer, bit for bit
-    MERGED = "merged"  # all rows share one gate vector: a second weight, merged once
-    LOWRANK = "lowrank"  # rows differ, or gradients are wanted: base plus gated low-rank update
+    Args:
+        weight: a merged weight that is used in the base weight's place.
+        lowrank: active factors and their gates, which are added to the base layer's output.
+    """
+
+    weight: Tensor | None
+    lowrank: LowRank | None
+
+
+IDLE = Work(None, None)
+
+
+class Slot(threading.local):
+    """Where a carrier finds its work. Each thread has its own, so that two threads may share a denoiser.
+
+    One slot a carrier, and no index into a common list: torch.compile would compile each repeated block anew for its
+    index. (A ContextVar it cannot read at all.) A copied or unpickled slot is empty.
+    """
+
+    work: Work | None = None
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()
 
 
 class Group:
-    """Identity of one attachment, kept by its copies: a carrier obeys only the routes of its own group."""
-
-
-@dataclass(eq=False)
-class Route:
-    """The work of all carriers of one denoiser for one vector of gates; plain tensors, read by index.
-
-    Args:
-        group: the attachment that the route belongs to.
-        mode: the way the carriers go.
-        factors: for each carrier its active factors and gates, or None where none is active.
-        weights: for each carrier its merged weight, or None where it goes the low-rank way.
-    """
-
-    group: Group
-    mode: Mode
-    factors: Sequence[LowRank | None] = ()
-    weights: Sequence[Tensor | None] = ()
-    deferred: bool = False  # merging waits for weights that are not on the device yet
-
-
-# Each thread has its own route, so that two threads may share a denoiser. (torch.compile cannot read a ContextVar.)
-CURRENT = threading.local()
-
-
-def current_route() -> Route | None:
-    """The route of the denoiser call that runs in this thread."""
-    return getattr(CURRENT, "route", None)
+    """Identity of one attachment, kept by its copies."""
 
 
 class Carrier(nn.Module):
@@ -68,7 +60,7 @@ class Carrier(nn.Module):
 
     Attributes:
         group: the attachment that it belongs to.
-        index: its place in `Route.factors` and `Route.weights`.
+        slot: where it finds its work.
         path: its plain module path.
         owners: the SPM of each factor column.
         mix_rank: the rank of each SPM here under combine="official", else None; see `gated_lowrank`.
@@ -76,12 +68,18 @@ class Carrier(nn.Module):
     """
 
     group: Group
-    index: int
+    slot: Slot
     path: str
     owners: tuple[int, ...]
     mix_rank: int | None
     scales: tuple[float, ...]
     weight: Tensor  # the base layer's Parameter
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # PEFT builds the convolutions of a LoRA as type(base_layer)(...): what is made by arguments is a plain layer.
+        # Carriers are made by make_carrier, deepcopy and pickle, all of which pass none.
+        plain = next(layer for layer, carrier in CARRIERS.items() if carrier is cls)
+        return plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """All factors, scaled: down `[R, in]` or `[R, in, kh, kw]`, and up `[out, R]`; float32 unless trainable.
@@ -109,18 +107,16 @@ class Carrier(nn.Module):
                     factor.data = factor.data.to(device)
         return self
 
-    def _route(self) -> Route:
-        route: Route | None = getattr(CURRENT, "route", None)
-        if route is None or route.group is not self.group:
+    def _work(self) -> Work:
+        work = self.slot.work
+        if work is None:
             raise ErasureLostError(
                 self.path,
                 expected="gates, set at the entry of the denoiser that this layer was attached to",
                 found="a call that did not come through that entry",
-                fix="Call the denoiser itself, not its parts; after moving modules into another model, erase that one. "
-                "Gradient checkpointing recomputes layers during backward only for calls that returned a tensor with "
-                "a gradient.",
+                fix="Call the denoiser itself, not its parts; after moving modules into another model, erase that one.",
             )
-        return route
+        return work
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, erasure_columns={len(self.owners)}"
@@ -131,16 +127,11 @@ class ErasedLinear(Carrier, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, *, in]` to `[B, *, out]`; raises ErasureLostError if no gate was set."""
-        route = self._route()
-        if route.mode is Mode.BASE:
-            return F.linear(input, self.weight, self.bias)
-        if route.mode is Mode.MERGED and (merged := route.weights[self.index]) is not None:
+        merged, lowrank = self._work()
+        if merged is not None:
             return F.linear(input, merged, self.bias)
         out = F.linear(input, self.weight, self.bias)
-        lowrank = route.factors[self.index]
-        if lowrank is None:
-            return out
-        return gated_lowrank(input, *lowrank, out=out, mix_rank=self.mix_rank)
+        return out if lowrank is None else gated_lowrank(input, *lowrank, out=out, mix_rank=self.mix_rank)
 
 
 class ErasedConv2d(Carrier, nn.Conv2d):
@@ -148,13 +139,10 @@ class ErasedConv2d(Carrier, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in, H, W]` to `[B, out, H', W']`; raises ErasureLostError if no gate was set."""
-        route = self._route()
-        if route.mode is Mode.BASE:
-            return self._conv_forward(input, self.weight, self.bias)
-        if route.mode is Mode.MERGED and (merged := route.weights[self.index]) is not None:
+        merged, lowrank = self._work()
+        if merged is not None:
             return self._conv_forward(input, merged, self.bias)
         out = self._conv_forward(input, self.weight, self.bias)
-        lowrank = route.factors[self.index]
         if lowrank is None:
             return out
         padding: Any = self.padding
@@ -201,7 +189,7 @@ def check_carriable(path: str, layer: nn.Module) -> None:
         )
 
 
-def make_carrier(layer: nn.Module, group: Group, index: int, path: str) -> Carrier:
+def make_carrier(layer: nn.Module, group: Group, path: str) -> Carrier:
     """A carrier with a layer's parameters and hook tables and no factors yet; the layer is not changed."""
     kind = CARRIERS[type(layer)]
     carrier = kind.__new__(kind)
@@ -210,7 +198,7 @@ def make_carrier(layer: nn.Module, group: Group, index: int, path: str) -> Carri
             carrier.__dict__[name] = value  # _parameters and the hook tables are shared, not copied
     carrier.__dict__["_buffers"] = dict(layer._buffers)
     carrier.__dict__["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
-    carrier.group, carrier.index, carrier.path = group, index, path
+    carrier.group, carrier.slot, carrier.path = group, Slot(), path
     carrier.owners, carrier.mix_rank, carrier.scales = (), None, ()
     return carrier
 

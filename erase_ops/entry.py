@@ -7,6 +7,7 @@ the thread's route; after the call, or an exception in it, it clears the route.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from expunge.erase_ops.carrier import CURRENT, Carrier, Group, Mode, Route
-from expunge.erase_ops.merge import plan
+from expunge.erase_ops.carrier import Carrier, Group, Slot
+from expunge.erase_ops.merge import Mode, Route, plan
 from expunge.erase_ops.permeability import CallInfo, ConceptBank, GateRecord, decide
 from expunge.erase_ops.sites import attention_paths, is_fused, resolve, site_table, unwrap
 from expunge.errors import ErasureLostError, InvalidInputError, NonFiniteError
@@ -118,6 +119,8 @@ class Attachment:
         self._states_at = (table.states, table.states_position)
         self._attention = attention_paths(denoiser, self.originals)
         self._hooks: list[Any] = []
+        self._slots: list[Slot] = [carrier.slot for carrier in self.carriers]
+        self._running = Running()
 
     @property
     def thresholds(self) -> Tensor:
@@ -171,7 +174,8 @@ class Attachment:
         Yields:
             the state of the call, whose `records` fill up.
         """
-        with _opened(CallState(self, info)) as state:
+        state = CallState(self, info)
+        with _opened(state):
             yield state
 
     @contextmanager
@@ -227,7 +231,7 @@ class Attachment:
 
     @torch.compiler.disable
     def _before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        CURRENT.route = None
+        self._set(None)
         states = self._states(args, kwargs)
         call = self._open_call()
         if not isinstance(call, CallState) or call._checked is not denoiser:
@@ -235,26 +239,36 @@ class Attachment:
             if isinstance(call, CallState):
                 call._checked = denoiser
         if isinstance(call, Force):
-            CURRENT.route = self._forced_route(call, denoiser, states)
+            route = self._forced_route(call, denoiser, states)
         elif call is not None:
-            CURRENT.route = self._call_route(call, states)
+            route = self._call_route(call, states)
         else:
             gates, self.last = decide(self.bank, states, None)
-            CURRENT.route = self._plan(gates, self.last.gates, states.dtype, merge=False)
-        CURRENT.states = states
+            route = self._plan(gates, self.last.gates, states.dtype, merge=False)
+        self._set(route, states)
 
     @torch.compiler.disable
     def _after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        route, states = getattr(CURRENT, "route", None), getattr(CURRENT, "states", None)
-        CURRENT.route = CURRENT.states = None
-        if output is None:
-            return  # called on the way out of an exception
+        route, states = self._running.route, self._running.states
+        self._set(None)
+        if output is None or route is None:
+            return  # on the way out of an exception
         if self._states(args, kwargs) is not states:
             raise _lost("text states as the gates were decided for", "others, put in place by a later forward pre-hook")
         sample = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        if route is not None and isinstance(sample, Tensor) and sample.requires_grad:
+        if isinstance(sample, Tensor) and sample.requires_grad:
             # Gradient checkpointing runs the layers again during backward. The output's gradient comes first of all.
-            sample.register_hook(_Resume(route))
+            sample.register_hook(_Resume(self, route))
+
+    def _set(self, route: Route | None, states: Any = None) -> None:
+        """Hands every carrier its work in this thread, or takes it away."""
+        self._running.route, self._running.states = route, states
+        if route is None:
+            for slot in self._slots:
+                slot.work = None
+        else:
+            for slot, work in zip(self._slots, route.work, strict=True):
+                slot.work = work
 
     # Routes
 
@@ -288,53 +302,48 @@ class Attachment:
         values = values.expand(rows, -1) if len(values) == 1 else values
         sources = sources * rows if len(sources) == 1 else sources
         self.last = GateRecord(values, None, sources, (False,) * len(values), tuple(range(len(values))))
-        return plan(
-            self.group,
-            self.carriers,
-            gates,
-            force.active,
-            merge=False,
-            dtype=states.dtype if isinstance(states, Tensor) else torch.float32,
-        )
+        dtype = states.dtype if isinstance(states, Tensor) else torch.float32
+        return plan(self.carriers, gates, force.active, merge=False, dtype=dtype)
 
     def _plan(self, gates: Tensor, values: Tensor, dtype: torch.dtype, *, merge: bool) -> Route:
         """The route for gates `[B, N]` on the device, whose values on the CPU decide how it goes."""
         active = values.any(0).nonzero().flatten().tolist()
         uniform = bool((values == values[0]).all())
-        return plan(
-            self.group,
-            self.carriers,
-            gates[:1] if uniform else gates,
-            active,
-            merge=merge and uniform,
-            dtype=dtype,
-        )
+        return plan(self.carriers, gates[:1] if uniform else gates, active, merge=merge and uniform, dtype=dtype)
+
+
+class Running(threading.local):
+    """The denoiser call that runs in this thread. A copied or unpickled one is empty."""
+
+    route: Route | None = None
+    states: Any = None
+
+    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
+        return Running, ()
 
 
 class _Resume:
-    """Tensor hook: restores the route of a denoiser call for the part of backward that recomputes its layers."""
+    """Tensor hook: restores the work of a denoiser call for the part of backward that runs its layers again."""
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
+    def __init__(self, attachment: Attachment, route: Route) -> None:
+        self.attachment, self.route = attachment, route
 
     def __call__(self, gradient: Tensor) -> None:
-        CURRENT.route = self.route
-        torch.autograd.Variable._execution_engine.queue_callback(_clear)
+        self.attachment._set(self.route)
+        torch.autograd.Variable._execution_engine.queue_callback(self.clear)
 
-
-def _clear() -> None:
-    CURRENT.route = None
+    def clear(self) -> None:
+        self.attachment._set(None)
 
 
 @contextmanager
-def _opened(state: Any) -> Iterator[Any]:
+def _opened(state: CallState | Force) -> Iterator[None]:
     token = _OPEN.set((*_OPEN.get(), state))
     try:
-        yield state
+        yield
     finally:
         _OPEN.reset(token)
-        # An interrupt skips the denoiser's forward hook; the route must not outlive its call.
-        CURRENT.route = None
+        state.owner._set(None)  # an interrupt skips the denoiser's forward hook
 
 
 def _version(tensor: Any) -> int:

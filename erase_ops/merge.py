@@ -12,12 +12,14 @@ SPMs whose gate is zero for all rows are dropped beforehand, once per gate vecto
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from expunge.erase_ops.carrier import Carrier, Group, LowRank, Mode, Route
+from expunge.erase_ops.carrier import IDLE, Carrier, Work
 from expunge.kernels.gated_lowrank import needs_grad
 
 MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,20 +57,36 @@ def is_mergeable(carrier: Carrier, device: torch.device) -> bool:
     return weight.dtype in MERGEABLE and weight.device == device and getattr(carrier, "groups", 1) == 1
 
 
+class Mode(enum.Enum):
+    """How a denoiser call goes."""
+
+    BASE = "base"  # every gate is zero: the base layers, bit for bit
+    MERGED = "merged"  # all rows share one gate vector: second weights, merged once
+    LOWRANK = "lowrank"  # rows differ, or gradients are wanted: base plus gated low-rank update
+
+
+@dataclass(eq=False)
+class Route:
+    """The work of all carriers of one denoiser for one set of gates.
+
+    Args:
+        mode: how the call goes.
+        work: of each carrier, in their order.
+        deferred: merging waits for weights that are not on the device.
+    """
+
+    mode: Mode
+    work: Sequence[Work]
+    deferred: bool = False
+
+
 def plan(
-    group: Group,
-    carriers: Sequence[Carrier],
-    gates: Tensor,
-    active: Sequence[int] | None,
-    *,
-    merge: bool,
-    dtype: torch.dtype,
+    carriers: Sequence[Carrier], gates: Tensor, active: Sequence[int] | None, *, merge: bool, dtype: torch.dtype
 ) -> Route:
     """Prepares every carrier for one set of gates.
 
     Args:
-        group: the attachment.
-        carriers: its carriers, by index.
+        carriers: the carriers of an attachment.
         gates: `[B, N]` float32 on the device of the call, or `[1, N]` if every row has the same.
         active: the SPMs with any gate that is not zero, ascending; None: all of them, with nothing known about the
             gates' values (they may require a gradient).
@@ -79,9 +97,8 @@ def plan(
         the route.
     """
     if active is not None and not active:
-        return Route(group, Mode.BASE)
-    factors: list[LowRank | None] = []
-    weights: list[Tensor | None] = []
+        return Route(Mode.BASE, [IDLE] * len(carriers))
+    work: list[Work] = []
     columns: dict[tuple[int, ...], tuple[Tensor | None, Tensor] | None] = {}
     deferred = False
     for carrier in carriers:
@@ -89,16 +106,16 @@ def plan(
             columns[carrier.owners] = _columns(carrier.owners, active, gates)
         chosen = columns[carrier.owners]
         if chosen is None:
-            factors.append(None)
-            weights.append(None)
+            work.append(IDLE)
             continue
         index, gate = chosen
         down, up = _active_factors(carrier, index, gates.device)
-        mergeable = merge and is_mergeable(carrier, gates.device)
-        deferred |= merge and not mergeable
-        weights.append(merged_weight(carrier.weight, down, up, gate[0], carrier.mix_rank) if mergeable else None)
-        factors.append(None if mergeable else (_cast(down, dtype), _cast(up, dtype), _cast(gate, dtype)))
-    return Route(group, Mode.MERGED if merge else Mode.LOWRANK, factors, weights, deferred)
+        if merge and is_mergeable(carrier, gates.device):
+            work.append(Work(merged_weight(carrier.weight, down, up, gate[0], carrier.mix_rank), None))
+        else:
+            deferred |= merge
+            work.append(Work(None, (_cast(down, dtype), _cast(up, dtype), _cast(gate, dtype))))
+    return Route(Mode.MERGED if merge else Mode.LOWRANK, work, deferred)
 
 
 def _columns(

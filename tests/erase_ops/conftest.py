@@ -1,0 +1,78 @@
+"""Adapters with random factors for any denoiser, and the fixtures that the SPM reference wrote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from expunge.erase_ops.formats.factors import Factors
+from expunge.erase_ops.sites import find_sites
+from expunge.erase_ops.spm import Concept, SPMAdapter
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "spm"
+
+
+def _random_factors(layer: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> Factors:
+    if isinstance(layer, nn.Conv2d):
+        down, up = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
+    else:
+        assert isinstance(layer, nn.Linear)
+        down, up = (rank, layer.in_features), (layer.out_features, rank)
+    fan_in = math.prod(down[1:])
+    return Factors(
+        torch.randn(down, generator=generator) / fan_in**0.5,
+        torch.randn(up, generator=generator) * 0.5,
+        alpha,
+    )
+
+
+def _random_adapter(
+    denoiser: nn.Module,
+    *,
+    seed: int = 1,
+    rank: int = 1,
+    alpha: float | None = None,
+    coverage: str = "all",
+    paths: Sequence[str] | None = None,
+    states: Tensor | None = None,
+    threshold: float | None = None,
+    text: str = "cat",
+) -> SPMAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    sites = find_sites(denoiser, coverage) if paths is None else {path: denoiser.get_submodule(path) for path in paths}
+    factors = {path: _random_factors(layer, rank, alpha or float(rank), generator) for path, layer in sites.items()}
+    if states is None:
+        states = torch.randn(1, 7, 32, generator=generator)
+    concept = Concept(text, states=states, phrasings=tuple(f"{text} {i}" for i in range(len(states))))
+    return SPMAdapter(factors, [concept], threshold=threshold, name=f"random-{seed}")
+
+
+@pytest.fixture(scope="session")
+def random_adapter() -> Callable[..., SPMAdapter]:
+    """Factory: an SPM with random factors of an effect that shows, for the sites of a denoiser."""
+    return _random_adapter
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of files that the SPM reference wrote."""
+    return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, Tensor]:
+    """Inputs and the reference's noise predictions; see the folder's README."""
+    return load_file(FIXTURES / "reference.safetensors")
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    """The fixtures' tiny UNet, fresh."""
+    return UNet2DConditionModel.from_pretrained(FIXTURES / "tiny_unet").eval()
