@@ -26,6 +26,11 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from expunge import SPMAdapter
+from expunge.erase_ops.formats.factors import Factors
+from expunge.erase_ops.sites import find_sites
+from expunge.erase_ops.spm.concepts import Concept
+
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 hypothesis.settings.register_profile("expunge", deadline=None, derandomize=True, max_examples=40)
@@ -189,3 +194,101 @@ def tiny_sd() -> Callable[..., StableDiffusionPipeline]:
 def tiny_sdxl() -> Callable[..., StableDiffusionXLPipeline]:
     """Factory: `tiny_sdxl(seed=0, **unet_config)` builds a fresh float32 SDXL pipeline, 16x16 pixels."""
     return _tiny_sdxl
+
+
+def _random_factors(layer: torch.nn.Module, generator: torch.Generator) -> Factors:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    down = torch.randn(1, *weight.shape[1:], generator=generator)  # [1, in] or [1, in, kh, kw]
+    up = 0.3 * torch.randn(
+        weight.shape[0], 1, *[1] * (weight.ndim - 2), generator=generator
+    )  # [out, 1] or [out, 1, 1, 1]
+    return Factors(down, up, 1.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_spm() -> Callable[..., SPMAdapter]:
+    """Factory: `tiny_spm("cat", threshold=None, seed=0)`, a random SPM for `tiny_sd()`, strong enough to be seen."""
+    sites = find_sites(_tiny_sd().unet)
+
+    def make(concept: str = "cat", *, threshold: float | None = None, seed: int = 0) -> SPMAdapter:
+        generator = torch.Generator().manual_seed(seed)
+        factors = {path: _random_factors(layer, generator) for path, layer in sites.items()}
+        settings = {"max_train_steps": 7, "concepts": [concept]}
+        return SPMAdapter(factors, [Concept(concept)], threshold=threshold, settings=settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def spm_for() -> Callable[..., Any]:
+    """Factory: `spm_for(pipe, "cat", ...)` makes an SPM with random factors, of an effect that shows, for a pipeline.
+
+    The tiny encoders' prompts are alike (cosines around 0.95), so that under the default threshold 0.98 the concept's
+    own tokens decide: a prompt with the word has gate 1, others 0.
+    """
+    from expunge.erase_ops.fingerprint import architecture_fingerprint, weights_fingerprint
+    from expunge.erase_ops.formats.factors import Factors
+    from expunge.erase_ops.gates import make_concept
+    from expunge.erase_ops.sites import find_sites
+    from expunge.erase_ops.spm import SPMAdapter
+
+    def make(
+        pipe: Any,
+        text: str = "cat",
+        *,
+        seed: int = 1,
+        rank: int = 1,
+        strength: float = 0.5,
+        threshold: float | None = 0.98,
+        coverage: str = "all",
+        **fields: Any,
+    ) -> SPMAdapter:
+        generator = torch.Generator().manual_seed(seed)
+        factors = {}
+        for path, layer in find_sites(pipe.unet, coverage).items():
+            weight = layer.get_parameter("weight")
+            down = torch.randn(rank, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
+            up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator) * strength
+            factors[path] = Factors(down, up, alpha=float(rank))
+        family = "sdxl" if hasattr(pipe, "text_encoder_2") else "sd"
+        encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if family == "sdxl" else [])]
+        tokenizers = [pipe.tokenizer, *([pipe.tokenizer_2] if family == "sdxl" else [])]
+        own = {"tokenizers": tokenizers, "text_encoders": encoders}
+        defaults = {
+            "family": family,
+            "threshold": threshold,
+            "base_fingerprint": architecture_fingerprint(pipe.unet),
+            "text_encoder_fingerprint": weights_fingerprint(encoders, tokenizers),
+        }
+        return SPMAdapter(factors, [make_concept(text, neutral="", family=family, **own)], **(defaults | fields))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Any]:
+    """`draw(pipe, prompts, seed=0, **kwargs)`: latents `[images, 4, 8, 8]`, each image from its own generator."""
+
+    def run(pipe: Any, prompt: Any = "a cat", *, seed: int = 0, **kwargs: Any) -> torch.Tensor:
+        arguments = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0} | kwargs
+        given = prompt if prompt is not None else kwargs["prompt_embeds"]
+        count = (1 if isinstance(given, str) else len(given)) * kwargs.get("num_images_per_prompt", 1)
+        generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+        return pipe(prompt, generator=generators, **arguments).images
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bake() -> Callable[..., Any]:
+    """`bake(pipe, spm, gate=1.0)`: the oracle, a plain pipeline whose weights hold the erasure for good."""
+
+    def write(pipe: Any, *adapters: Any, gate: float = 1.0) -> Any:
+        for adapter in adapters:
+            for path, factors in adapter.factors.items():
+                weight = pipe.unet.get_submodule(path).get_parameter("weight")
+                weight.data += gate * factors.delta().to(weight)
+        return pipe
+
+    return write

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expunge.cli import options as o
-from expunge.cli.shared import Placement, command, emit, new_folder, note, out
+from expunge.cli.shared import Placement, command, emit, load_base, new_folder, note, out
 from expunge.errors import InvalidInputError
 
 
@@ -20,6 +20,7 @@ def generate(
     pretrained_model_name_or_path: o.Base,
     prompt: o.Prompts,
     erasures: o.Erasures = None,
+    no_erasures: o.NoErasures = False,
     output_dir: o.OutputDir = Path("generated"),
     concepts: o.Concepts = None,
     negative_prompt: o.NegativePrompt = None,
@@ -42,7 +43,7 @@ def generate(
     json_output: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Draw pictures with concepts erased; writes PNG files and report.json with the gates."""
+    """Draw pictures with concepts erased; writes PNG files, and report.json with the gates."""
     folder = new_folder(output_dir)
     placement = Placement.choose(device, dtype)
     # Only what is asked for is passed on: a folder that was saved erased has settings of its own.
@@ -55,14 +56,13 @@ def generate(
         allow_mismatch=allow_mismatch,
     )
     note(f"Loading {pretrained_model_name_or_path} ({placement.dtype} on {placement.device})")
-    pipe = load_erased(
-        pretrained_model_name_or_path,
-        adapters(erasures or [], concepts),
-        settings,
-        placement,
-        revision=revision,
-        variant=variant,
-    )
+    hub = {"revision": revision, "variant": variant}
+    if no_erasures:
+        refuse_both(erasures, settings)
+        pipe = load_base(pretrained_model_name_or_path, placement, **hub)
+    else:
+        read = adapters(erasures or [], concepts)
+        pipe = load_erased(pretrained_model_name_or_path, read, settings, placement, **hub)
     call = given(
         negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompt),
         num_inference_steps=num_inference_steps,
@@ -84,6 +84,15 @@ def generate(
 def given(**values: Any) -> dict[str, Any]:
     """The values that were said on the command line."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse_both(erasures: list[str] | None, settings: dict[str, Any]) -> None:
+    """Raises `InvalidInputError` if erasures or their settings are given beside --no_erasures."""
+    found = [*(["--erasures"] if erasures else []), *(f"--{name}" for name in settings)]
+    if found:
+        raise InvalidInputError(
+            "--no_erasures", expected="no option about erasures", found=", ".join(found), fix="Leave one of them out."
+        )
 
 
 def adapters(artefacts: list[str], concepts: list[str] | None) -> list[Any]:
@@ -139,7 +148,7 @@ def draw(pipe: Any, prompts: list[str], images_per_prompt: int, seed: int, call:
 
 def save(folder: Path, result: Any, prompts: list[str], images_per_prompt: int, seed: int) -> dict[str, Any]:
     """Writes `0000.png`, `0001.png`, ... and returns what each of them is, gates included."""
-    erasures = result.erasures
+    erasures = getattr(result, "erasures", None)  # none with --no_erasures
     flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(result.images)
     images = []
     for index, picture in enumerate(result.images):

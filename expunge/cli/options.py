@@ -27,6 +27,7 @@ DType = Annotated[str | None, option("--dtype", "float32, float16 or bfloat16; f
 Artefact = Annotated[str, typer.Argument(help="Artefact folder, adapter file, erased pipeline or hub id.")]
 Concepts = Annotated[list[str] | None, option("--concepts", "Concepts of a file that does not name its own.")]
 Erasures = Annotated[list[str] | None, option("--erasures", "Artefact folder, file or hub id; repeatable.")]
+NoErasures = Annotated[bool, option("--no_erasures", "Draw with the plain base model, to compare with.")]
 Combine = Annotated[Literal["linear", "official"] | None, option("--combine", "How several add up.")]
 Gate = Annotated[float | None, option("--gate", "One gate for everything instead of the text's.")]
 Threshold = Annotated[float | None, option("--gate_threshold", "Gates below become 0; if left out, each one's own.")]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from expunge import SPMAdapter
+from expunge import ErasedPipeline, SPMAdapter
 
 STEPS = ("--num_inference_steps", 2)
 
@@ -36,11 +36,11 @@ def generate(cli: Callable[..., Any], base: Path, tmp_path: Path) -> Callable[..
 
 class TestPictures:
     def test_an_erasure_changes_its_concept_and_nothing_else(
-        self, generate: Callable[..., Path], make_adapter: Callable[..., SPMAdapter], tmp_path: Path
+        self, generate: Callable[..., Path], tiny_spm: Callable[..., SPMAdapter], tmp_path: Path
     ) -> None:
-        make_adapter(threshold=0.999).save_pretrained(tmp_path / "cat")
+        tiny_spm(threshold=0.999).save_pretrained(tmp_path / "cat")
         prompts = ("--prompt", "a cat", "--prompt", "a red car")
-        plain = pictures(generate("plain", *prompts))
+        plain = pictures(generate("plain", *prompts, "--no_erasures"))
         erased = pictures(generate("erased", *prompts, "--erasures", tmp_path / "cat"))
         assert len(plain) == len(erased) == 2
         assert not np.array_equal(plain[0], erased[0])
@@ -66,7 +66,7 @@ class TestPictures:
         assert np.abs(both[1].astype(int) - again[0].astype(int)).max() <= 1
 
     def test_gate_zero_is_the_base_model(self, generate: Callable[..., Path], artefact: Path) -> None:
-        plain = pictures(generate("plain", "--prompt", "a cat"))
+        plain = pictures(generate("plain", "--prompt", "a cat", "--no_erasures"))
         off = pictures(generate("off", "--prompt", "a cat", "--erasures", artefact, "--gate", 0))
         assert np.array_equal(plain[0], off[0])
 
@@ -77,12 +77,34 @@ class TestPictures:
         )  # fmt: skip
         assert json.loads(result.stdout) == json.loads((tmp_path / "out" / "report.json").read_text())
 
+    def test_a_folder_saved_erased_brings_its_erasures(
+        self, cli: Callable[..., Any], generate: Callable[..., Path], base: Path, artefact: Path, tmp_path: Path
+    ) -> None:
+        ErasedPipeline.from_pretrained(base, erasures=[artefact]).save_pretrained(tmp_path / "saved")
+        one = pictures(generate("one", "--prompt", "a cat", "--erasures", artefact))
+        folder = tmp_path / "two"
+        cli(
+            "generate", "--pretrained_model_name_or_path", tmp_path / "saved", "--prompt", "a cat",
+            "--output_dir", folder, *STEPS,
+        )  # fmt: skip
+        assert np.array_equal(one[0], pictures(folder)[0])
+        assert "cat" in cli("info", tmp_path / "saved").stdout
+        assert "ok" in cli("check", tmp_path / "saved").stdout
+
 
 class TestErrors:
+    def test_forgetting_the_erasures_is_no_way_to_an_unerased_picture(self, generate: Callable[..., Path]) -> None:
+        assert not list(generate("out", "--prompt", "a cat", code=1).glob("*.png"))
+
+    def test_with_and_without_contradict(self, generate: Callable[..., Path], artefact: Path) -> None:
+        generate("out", "--prompt", "a cat", "--erasures", artefact, "--no_erasures", code=1)
+        folder = generate("out", "--prompt", "a cat", "--gate", 0.5, "--no_erasures", code=1)
+        assert not list(folder.glob("*.png"))
+
     def test_an_erasure_for_another_model_is_refused(
-        self, generate: Callable[..., Path], make_adapter: Callable[..., SPMAdapter], tmp_path: Path
+        self, generate: Callable[..., Path], tiny_spm: Callable[..., SPMAdapter], tmp_path: Path
     ) -> None:
-        adapter = make_adapter()
+        adapter = tiny_spm()
         adapter.factors["down_blocks.9.attentions.0.proj_in"] = adapter.factors.pop(
             "down_blocks.0.attentions.0.proj_in"
         )

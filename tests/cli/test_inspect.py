@@ -39,9 +39,9 @@ class TestInfo:
         ]
 
     def test_text_that_looks_like_markup_is_printed_as_it_is(
-        self, cli: Callable[..., Any], make_adapter: Callable[..., SPMAdapter], tmp_path: Path
+        self, cli: Callable[..., Any], tiny_spm: Callable[..., SPMAdapter], tmp_path: Path
     ) -> None:
-        make_adapter("[red]cat[/red]").save_pretrained(tmp_path / "markup")
+        tiny_spm("[red]cat[/red]").save_pretrained(tmp_path / "markup")
         assert "[red]cat[/red]" in cli("info", tmp_path / "markup").stdout
 
     @pytest.mark.parametrize("command", ["info", "check"])
