@@ -71,9 +71,8 @@ def generate(
         width=width,
     )
     result = draw(pipe, prompt, num_images_per_prompt, seed, call)
-    report = save(folder, result, prompt, num_images_per_prompt, seed)
-    report |= {"model": pretrained_model_name_or_path, "settings": settings, **placement.to_dict(), "call": call}
-    (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    facts = {"model": pretrained_model_name_or_path, "settings": settings, **placement.to_dict(), "call": call}
+    report = save(folder, result, prompt, num_images_per_prompt, seed, facts)
     if json_output:
         emit(report)
     else:
@@ -146,8 +145,10 @@ def draw(pipe: Any, prompts: list[str], images_per_prompt: int, seed: int, call:
     return pipe(prompts, num_images_per_prompt=images_per_prompt, generator=generators, **call)
 
 
-def save(folder: Path, result: Any, prompts: list[str], images_per_prompt: int, seed: int) -> dict[str, Any]:
-    """Writes `0000.png`, `0001.png`, ... and returns what each of them is, gates included."""
+def save(
+    folder: Path, result: Any, prompts: list[str], images_per_prompt: int, seed: int, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes `0000.png`, `0001.png`, ... and `report.json`: the facts, and what each picture is, gates included."""
     erasures = getattr(result, "erasures", None)  # none with --no_erasures
     flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(result.images)
     images = []
@@ -163,7 +164,10 @@ def save(folder: Path, result: Any, prompts: list[str], images_per_prompt: int, 
                 "blacked_out_by_safety_checker": bool(flagged[index]),
             }
         )
-    return {"images": images, "erasures": None if erasures is None else erasures.to_dict()}
+    report = {"images": images, "erasures": None if erasures is None else erasures.to_dict(), **facts}
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    return report
 
 
 def picture_table(report: dict[str, Any]) -> Table:
