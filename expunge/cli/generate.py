@@ -63,13 +63,10 @@ def generate(
     else:
         read = adapters(erasures or [], concepts)
         pipe = load_erased(pretrained_model_name_or_path, read, settings, placement, **hub)
-    call = given(
-        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompt),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-    )
+    size = given(height=height, width=width)
+    call = size | given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    if negative_prompt is not None:
+        call["negative_prompt"] = [negative_prompt] * len(prompt)
     result = draw(pipe, prompt, num_images_per_prompt, seed, call)
     facts = {"model": pretrained_model_name_or_path, "settings": settings, **placement.to_dict(), "call": call}
     report = save(folder, result, prompt, num_images_per_prompt, seed, facts)
