@@ -113,7 +113,7 @@ def _reference_concepts(path: Path, metadata: Mapping[str, str]) -> list[str]:
 
 
 def _peft_concepts(path: Path, config: Mapping[str, Any]) -> tuple[list[str], str]:
-    concepts, neutral = config.get("concepts") or [], config.get("neutral") or ""
+    concepts, neutral = config.get("concepts", []), config.get("neutral", "")
     texts = isinstance(concepts, list) and all(isinstance(text, str) and text.strip() for text in concepts)
     if not texts or not isinstance(neutral, str):
         _refuse(str(path), "concepts as a list of texts, neutral as a text", repr(concepts)[:100], "Save it again.")

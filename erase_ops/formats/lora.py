@@ -169,6 +169,23 @@ def check_alpha(subject: str, where: str, alpha: float) -> float:
     return alpha
 
 
+def check_delta(subject: str, site: str, factors: Factors) -> Factors:
+    """Checks that finite factors and a finite alpha make a finite weight change.
+
+    Raises:
+        NonFiniteError: if the change could overflow float32.
+    """
+    largest = factors.scale * factors.rank * float(factors.down.abs().max()) * float(factors.up.abs().max())
+    if not largest <= torch.finfo(torch.float32).max:
+        raise NonFiniteError(
+            subject,
+            expected=f"a weight change within float32 at {site}",
+            found=f"up to {largest:.3g}",
+            fix="The file is broken; do not use it.",
+        )
+    return factors
+
+
 def _alpha(subject: str, key: str, tensor: Tensor) -> float:
     # kohya's trainer stores an integer tensor where alpha was left at the rank.
     if tensor.numel() != 1 or tensor.dtype == torch.bool:
@@ -183,7 +200,7 @@ def _alpha(subject: str, key: str, tensor: Tensor) -> float:
 
 def _factors(subject: str, site: str, down: Tensor, up: Tensor, alpha: float) -> Factors:
     try:
-        return Factors(down, up, alpha)
+        return check_delta(subject, site, Factors(down, up, alpha))
     except InvalidInputError as error:
         raise AdapterFormatError(
             subject, expected=f"for {site}: {error.expected}", found=error.found, fix="Export the adapter again."

@@ -41,7 +41,7 @@ _HARMLESS = frozenset(
 _READ = frozenset({"r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"})
 _OFF = (None, False, "none", 0)
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base weights as well.
-_INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal"})
+_INITIALISATIONS = ("gaussian", "eva", "orthogonal")
 # PEFT takes a pattern's keys for regular expressions; only plain paths are read here, so that a file cannot stall.
 _PLAIN_KEY = re.compile(r"\^?((?:\w|\\?\.)+)\$?", re.ASCII)
 
@@ -109,9 +109,7 @@ def read_peft_config(config: Mapping[str, Any], subject: str) -> RankAlpha:
     initialisation = config.get("init_lora_weights", True)
     if not isinstance(initialisation, bool) and initialisation not in _INITIALISATIONS:
         fix = "It changes the base weights as well: convert it to plain LoRA when saving it with PEFT."
-        _refuse(
-            subject, f"init_lora_weights true, false or one of {sorted(_INITIALISATIONS)}", repr(initialisation), fix
-        )
+        _refuse(subject, f"init_lora_weights true, false or one of {_INITIALISATIONS}", repr(initialisation), fix)
     alpha_name = "alpha" if method == "SPM" else "lora_alpha"
     alpha = _number(subject, alpha_name, config.get(alpha_name, 1.0 if method == "SPM" else 8))
     rank = config.get("r")

@@ -28,7 +28,7 @@ MAX_DIMENSIONS = 5
 MAX_NAME = 512
 MAX_JSON_BYTES = 8 * 2**20
 
-_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # a tuple: a list may be looked up
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -216,7 +216,7 @@ def _check_header(path: Path, header: dict[str, Any], metadata: Any) -> None:
             _refuse(path, f"dtype, shape and data_offsets for {name!r}", _shorten(repr(entry)), _DAMAGED_FIX)
         if entry["dtype"] not in _DTYPES:
             found = _shorten(repr(entry["dtype"]))
-            _refuse(path, f"one of {sorted(_DTYPES)} for {name!r}", found, "Convert the file's weights.")
+            _refuse(path, f"one of {', '.join(_DTYPES)} for {name!r}", found, "Convert the file's weights.")
         shape = entry["shape"]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(type(n) is int for n in shape):
             _refuse(path, f"at most {MAX_DIMENSIONS} dimensions for {name!r}", _shorten(repr(shape)), _DAMAGED_FIX)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expunge.erase_ops.artefact import Artefact
 from expunge.erase_ops.formats.factors import Factors, commonest_alpha
-from expunge.erase_ops.formats.lora import check_alpha
+from expunge.erase_ops.formats.lora import check_alpha, check_delta
 from expunge.erase_ops.spm.concepts import Concept
 from expunge.errors import AdapterFormatError, InvalidInputError
 
@@ -31,7 +31,7 @@ def spm_parts(artefact: Artefact) -> tuple[dict[str, Factors], list[Concept]]:
         if down is None or up is None:
             _refuse(subject, f"factors.{site}.down and .up", "one of them", "Save the adapter again.")
         try:
-            factors[site] = Factors(down, up, alphas[1].pop(site, alphas[0]))
+            factors[site] = check_delta(subject, site, Factors(down, up, alphas[1].pop(site, alphas[0])))
         except InvalidInputError as error:
             _refuse(subject, f"for {site}: {error.expected}", error.found, "Save the adapter again.")
     concepts = [_concept(subject, index, entry, left) for index, entry in enumerate(manifest.concepts)]
