@@ -73,7 +73,7 @@ def attach(
     if combine == "official":
         _check_ranks(adapters)
     group = Group()
-    carriers = [_fill(make_carrier(layer, group, path), adapters, settings) for path, layer in layers.items()]
+    carriers = [fill_carrier(make_carrier(layer, group, path), adapters, settings) for path, layer in layers.items()]
     attachment = Attachment(plain, adapters, settings, bank, group, carriers, layers)
     if previous is not None:
         detach(denoiser)
@@ -271,7 +271,7 @@ def _check_states(denoiser: nn.Module, states: Sequence[Tensor]) -> None:
         )
 
 
-def _fill(carrier: Carrier, adapters: Sequence[SPMAdapter], settings: Settings) -> Carrier:
+def fill_carrier(carrier: Carrier, adapters: Sequence[SPMAdapter], settings: Settings) -> Carrier:
     """Gives a carrier the factors of all adapters that have some for its site."""
     present = [
         (index, adapter.factors[carrier.path], settings.multiplier[index])

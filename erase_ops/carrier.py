@@ -94,17 +94,19 @@ class Carrier(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Factors follow the device but keep their dtype: casting a layer to half or float8 and back must not change an
-        # erasure. In place, so that a trainable factor stays the optimizer's tensor.
+        # erasure.
         own = {name: self._buffers.pop(name) for name in tuple(self._buffers) if name.startswith("erasure_")}
         try:
             super()._apply(fn, recurse)
         finally:
             self._buffers.update(own)
-        for factor in own.values():
-            if factor is not None:
-                device = fn(torch.empty(0, dtype=factor.dtype, device=factor.device)).device
-                if device != factor.device:
-                    factor.data = factor.data.to(device)
+        for name, factor in own.items():
+            assert factor is not None
+            device = fn(torch.empty(0, dtype=factor.dtype, device=factor.device)).device
+            if device != factor.device and factor.requires_grad:
+                factor.data = factor.data.to(device)  # stays the optimizer's tensor
+            elif device != factor.device:
+                self._buffers[name] = factor.to(device)
         return self
 
     def _work(self) -> Work:
