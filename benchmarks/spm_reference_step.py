@@ -1,9 +1,9 @@
 """The losses of an SPM training step with every forward that the reference implementation makes.
 
 The reference predicts through classifier-free guidance at scale 1: each call runs a negative half whose output is
-thrown away. It asks for the positive and the neutral prompt in separate calls, and lays out twice as many anchors as the
-guidance returns. The losses are those of Expunge's own step (a test holds both to the same values and gradients), so
-that only the work differs.
+thrown away. It asks for the positive and the neutral prompt in separate calls, and lays out twice as many anchors as
+the guidance returns. The losses are those of Expunge's own step (a test holds both to the same values and gradients),
+so that only the work differs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ReferenceStep:
 
     def losses(self, generator: torch.Generator) -> dict[str, Tensor]:
         """As `SPMTraining.losses`, with the reference's forwards."""
-        state = self.method.states.draw(generator)
+        state = self.method.draw_state(generator)
         return self.losses_at(state, self.method.anchors.draw(state.pairs, generator))
 
     def losses_at(self, state: TrainingState, anchors: Anchors) -> dict[str, Tensor]:

@@ -75,6 +75,8 @@ class Force:
     owner: Attachment
     gates: Tensor  # [B, N] or [1, N]
     active: list[int] | None
+    merge: bool = False
+    merged: Route | None = None
 
 
 # The innermost open call of this thread or task stands last. Module-level, so that attachments can be copied.
@@ -179,12 +181,14 @@ class Attachment:
             yield state
 
     @contextmanager
-    def force(self, gates: Gates) -> Iterator[None]:
+    def force(self, gates: Gates, *, merge: bool = False) -> Iterator[None]:
         """Sets the gates of this thread's denoiser calls, whatever their text: for training and tests.
 
         Args:
             gates: one number for all, or `[N]`, or `[B, N]` (float32; a gradient reaches it). All zero runs the base
                 model, bit for bit; else the low-rank path runs, which is differentiable.
+            merge: whether calls without gradients whose rows all have the same gates use merged weights, which are made
+                in the first of them and serve until the block ends: the factors must not change meanwhile.
 
         Raises:
             InvalidInputError: if the shape is neither of these.
@@ -203,7 +207,7 @@ class Attachment:
             raise NonFiniteError("gates", expected="finite numbers", found="NaN or infinity", fix="Check their origin.")
         rows = given.expand(1, n) if given.ndim < 2 else given
         active = None if given.requires_grad else rows.any(0).nonzero().flatten().tolist()
-        with _opened(Force(self, rows, active)):
+        with _opened(Force(self, rows, active, merge)):
             yield
 
     def _open_call(self) -> CallState | Force | None:
@@ -303,7 +307,12 @@ class Attachment:
         sources = sources * rows if len(sources) == 1 else sources
         self.last = GateRecord(values, None, sources, (False,) * len(values), tuple(range(len(values))))
         dtype = states.dtype if isinstance(states, Tensor) else torch.float32
-        return plan(self.carriers, gates, force.active, merge=False, dtype=dtype)
+        merge = force.merge and len(gates) == 1 and not torch.is_grad_enabled()
+        if merge and force.merged is not None:
+            return force.merged
+        route = plan(self.carriers, gates, force.active, merge=merge, dtype=dtype)
+        force.merged = route if merge and not route.deferred else None
+        return route
 
     def _plan(self, gates: Tensor, values: Tensor, dtype: torch.dtype, *, merge: bool) -> Route:
         """The route for gates `[B, N]` on the device, whose values on the CPU decide how it goes."""

@@ -176,10 +176,19 @@ class SPMTraining:
 
     def losses(self, generator: torch.Generator) -> dict[str, Tensor]:
         """The losses of one batch: "loss", and its parts "erase" and "anchor"."""
-        state = self.states.draw(generator)
+        state = self.draw_state(generator)
         weights = self.anchor_weights[state.pairs]
         anchors = self.anchors.draw(state.pairs, generator) if bool(weights.any()) else None
         return self.losses_at(state, anchors)
+
+    def draw_state(self, generator: torch.Generator) -> TrainingState:
+        """The next training state.
+
+        A whole rollout shares the factors, so that they are merged into the weights once; unless memory is short, as
+        gradient checkpointing says, since that takes a second copy of the weights.
+        """
+        with self.attachment.force(1.0, merge=not self.config.gradient_checkpointing):
+            return self.states.draw(generator)
 
     def losses_at(self, state: TrainingState, anchors: Anchors | None) -> dict[str, Tensor]:
         """The losses for a given state and anchors: one forward of the frozen and one of the adapted denoiser."""
@@ -213,11 +222,10 @@ class SPMTraining:
     def _predict_rollout(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, size: Tensor | None
     ) -> Tensor:
-        gates: Tensor | float = 1.0
-        if not self.config.rollout_gate_negative and self.config.rollout_guidance_scale != 1:
-            negative = len(latents) // 2
-            gates = torch.cat([torch.zeros(negative, 1), torch.ones(len(latents) - negative, 1)])  # [2B, 1]
-        with self.attachment.force(gates):
+        if self.config.rollout_gate_negative or self.config.rollout_guidance_scale == 1:
+            return self.family.predict(latents, timesteps, conditioning, size)
+        negative, positive = torch.zeros(len(latents) // 2, 1), torch.ones(len(latents) // 2, 1)
+        with self.attachment.force(torch.cat([negative, positive])):  # [2B, 1]
             return self.family.predict(latents, timesteps, conditioning, size)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def test_official_losses_equal_the_reference_s_forwards(name: str, source: str, 
         anchor_source=source,
     )
     generator = torch.Generator().manual_seed(0)
-    state = method.states.draw(generator)
+    state = method.draw_state(generator)
     anchors = method.anchors.draw(state.pairs, generator)
     assert anchors.weights.tolist() == [1.0, 1.0, 2.0]
     results = []
@@ -173,9 +173,27 @@ def test_rollouts_gate_the_negative_rows_as_asked(tiny_sd: Callable[..., Any], g
     method.family.denoiser.register_forward_hook(
         lambda *_: seen.append(method.attachment.last.gates[:, 0].tolist())  # type: ignore[union-attr]
     )
-    method.states.draw(torch.Generator().manual_seed(0))
+    method.draw_state(torch.Generator().manual_seed(0))
     rows = len(seen[0]) // 2
     assert seen[0] == [float(gate_negative)] * rows + [1.0] * rows
+
+
+def test_rollouts_through_merged_weights_are_those_through_the_factors(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd()
+    method, _ = prepared(pipe, batch_size=3, states_per_rollout=1)
+    weights = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    merged = method.draw_state(torch.Generator().manual_seed(0))
+    with method.attachment.force(1.0):
+        plain = method.states.draw(torch.Generator().manual_seed(0))
+    with method.attachment.force(0.0):
+        base = method.states.draw(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(merged.latents, plain.latents, rtol=1e-4, atol=1e-4)
+    assert float((plain.latents - base.latents).abs().max()) > 0.01
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.unet.state_dict().items())
+    with torch.no_grad():  # the next block sees what training has changed
+        for factors in method.adapter.factors.values():
+            factors.up.zero_()
+    torch.testing.assert_close(method.draw_state(torch.Generator().manual_seed(0)).latents, base.latents)
 
 
 def test_pairs_without_anchoring_compute_no_anchors(tiny_sd: Callable[..., Any]) -> None:
@@ -196,7 +214,7 @@ def test_training_lowers_the_loss(tiny_sd: Callable[..., Any]) -> None:
     trained = train(tiny_sd(), max_train_steps=40, **changes)
     method, _ = prepared(tiny_sd(), strength=0.0, **changes)
     generator = torch.Generator().manual_seed(7)
-    fixed = [(state := method.states.draw(generator), method.anchors.draw(state.pairs, generator)) for _ in range(9)]
+    fixed = [(state := method.draw_state(generator), method.anchors.draw(state.pairs, generator)) for _ in range(9)]
 
     def loss() -> float:
         with torch.no_grad():
