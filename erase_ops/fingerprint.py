@@ -37,6 +37,8 @@ _ARCHITECTURE_FIELDS = (
 )
 # The first convolution's width tells an inpainting model from its base, which carry the same erasures.
 _INPUT_LAYERS = ("conv_in.",)
+# What hosts add to a denoiser: fused attention, which stays behind when unfused, and IP-Adapters.
+_ADDED = re.compile(r"(^|\.)(to_qkv|to_kv|processor)\.|^encoder_hid_proj\.image_projection_layers\.")
 
 _BINS = 64
 _STEP = 2.0**-14
@@ -52,8 +54,8 @@ def architecture_fingerprint(module: nn.Module) -> str:
     """The fingerprint of a denoiser's architecture: class, configuration, and every parameter's name and shape.
 
     Args:
-        module: a diffusers model; adapters that PEFT or Expunge have put around its layers do not count, nor does the
-            width of the first convolution.
+        module: a diffusers model; adapters that PEFT or Expunge have put around its layers do not count, nor do fused
+            attention and IP-Adapters, nor the width of the first convolution.
 
     Returns:
         `"a1:"` and 32 hexadecimal digits; independent of weights, dtype and device.
@@ -63,7 +65,9 @@ def architecture_fingerprint(module: nn.Module) -> str:
         "class": _class_name(module),
         "config": {name: config[name] for name in _ARCHITECTURE_FIELDS if name in config and config[name] is not None},
         "parameters": [
-            [name, list(p.shape)] for name, p in base_parameters(module) if not name.startswith(_INPUT_LAYERS)
+            [name, list(p.shape)]
+            for name, p in base_parameters(module)
+            if not (name.startswith(_INPUT_LAYERS) or _ADDED.search(name))
         ],
     }
     text = json.dumps(facts, sort_keys=True, default=str)

@@ -5,6 +5,7 @@ Formula (SPM, arXiv 2312.16145, eq. 3; the same as LoRA's): y = W x + (alpha / r
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ class Factors:
         alpha: the scale's numerator; the delta is scaled by `alpha / r`.
 
     Raises:
-        InvalidInputError: if the shapes do not belong together, the dtypes differ or are not floating point.
+        InvalidInputError: if the shapes do not belong together, the dtypes differ or are not floating point, or alpha
+            is not a finite number above 0.
     """
 
     down: Tensor
@@ -44,6 +46,10 @@ class Factors:
                 expected="down [r, in] with up [out, r], or down [r, in, kh, kw] with up [out, r, 1, 1], r >= 1",
                 found=problem,
                 fix="Pass both factors of one site, unchanged.",
+            )
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InvalidInputError(
+                "Factors.alpha", expected="a finite number above 0", found=repr(self.alpha), fix="1.0 is the usual one."
             )
 
     @property

@@ -49,8 +49,12 @@ def fetch(
         UnsafePathError: if `subfolder` or `weight_name` leads out of the repository.
     """
     prefix = "" if subfolder is None else f"{check_relative(subfolder, 'subfolder')}/"
-    weights = "*.safetensors" if weight_name is None else str(check_relative(weight_name, "weight_name"))
-    patterns = [prefix + pattern for pattern in (weights, *_FILES[1:])]
+    if weight_name is None:
+        wanted = [prefix + pattern for pattern in _FILES]
+        unwanted = [f"{prefix}*/*"]  # the Hub's "*" matches "/" as well: without this, a whole model would come along
+    else:
+        path = prefix + str(check_relative(weight_name, "weight_name"))
+        wanted, unwanted = [path, f"{path.rpartition('/')[0]}/*.json".removeprefix("/")], []
     try:
         folder = huggingface_hub.snapshot_download(
             repo_id,
@@ -58,7 +62,8 @@ def fetch(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=patterns,
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidInputError(

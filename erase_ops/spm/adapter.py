@@ -18,7 +18,7 @@ from expunge.erase_ops.formats.lora import diffusers_tensors, kohya_tensors, pef
 from expunge.erase_ops.formats.peft_config import peft_config
 from expunge.erase_ops.formats.tensors import json_bytes, tensor_bytes
 from expunge.erase_ops.spm.card import render_card
-from expunge.erase_ops.spm.concepts import Concept
+from expunge.erase_ops.spm.concepts import Concept, is_text
 from expunge.erase_ops.spm.files import spm_manifest_parts, spm_parts
 from expunge.errors import AdapterFormatError, InvalidInputError
 
@@ -73,6 +73,7 @@ class SPMAdapter:
         _require(bool(self.concept_list), "concept_list", "at least one concept", "none")
         _require(self.family in ("sd", "sdxl"), "family", "'sd' or 'sdxl'", repr(self.family))
         _require(self.component == "unet", "component", "'unet'", repr(self.component))
+        _require(is_text(self.neutral), "neutral", "a text", repr(self.neutral))
         in_range = self.threshold is None or 0.0 <= self.threshold <= 2.0
         _require(in_range, "threshold", "None or a number from 0 to 2", repr(self.threshold))
         self.name = check_name(self.name or slug("-".join(self.concepts)), "SPMAdapter.name")
@@ -228,7 +229,7 @@ class SPMAdapter:
             DIFFUSERS_LORA: tensor_bytes(diffusers_tensors(self.factors)),
             PEFT_MODEL: tensor_bytes(peft_tensors(self.factors)),
             PEFT_CONFIG: json_bytes(peft_config(self.factors)),
-            CARD: render_card(self).encode(),
+            CARD: render_card(self).encode(errors="replace"),
         }
         target = Path(folder).expanduser()
         write_artefact(target, manifest, tensors, others, overwrite=overwrite)

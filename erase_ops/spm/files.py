@@ -10,7 +10,7 @@ from torch import Tensor
 from expunge.erase_ops.artefact import Artefact
 from expunge.erase_ops.formats.factors import Factors, commonest_alpha
 from expunge.erase_ops.formats.lora import check_alpha, check_delta
-from expunge.erase_ops.spm.concepts import Concept
+from expunge.erase_ops.spm.concepts import MAX_TOKEN_ID, Concept
 from expunge.errors import AdapterFormatError, InvalidInputError
 
 
@@ -85,7 +85,9 @@ def _concept(subject: str, index: int, entry: Mapping[str, Any], tensors: dict[s
     if not isinstance(phrasings, list) or not phrasings or not all(isinstance(text, str) for text in phrasings):
         _refuse(subject, f"a list of texts as phrasings of {where}", repr(phrasings)[:100], "Save it again.")
     for ids in (tokens, all_tokens):
-        if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+        if ids is not None and not (
+            isinstance(ids, list) and all(type(i) is int and 0 <= i < MAX_TOKEN_ID for i in ids)
+        ):
             _refuse(subject, f"null or a list of token ids in {where}", repr(ids)[:100], "Save it again.")
     try:
         return Concept(

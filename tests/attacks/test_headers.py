@@ -52,6 +52,7 @@ FILES: dict[str, bytes] = {
     "size is true": raw({"a": {**ENTRY, "shape": [True]}}, bytes(4)),
     "size that overflows": raw({"a": {**ENTRY, "shape": [2**63, 2**63]}}, bytes(4)),
     "size beyond 64 bits": raw({"a": {**ENTRY, "shape": [2**70]}}, bytes(4)),
+    "20000 tensors": raw({f"a{i}": {**ENTRY, "data_offsets": [4 * i, 4 * i + 4]} for i in range(20_000)}, bytes(80_000)),
     "200 dimensions": raw({"a": {**ENTRY, "shape": [1] * 200}}, bytes(4)),
     "name is empty": raw({"": ENTRY}, bytes(4)),
     "name leads out": raw({"../../x": ENTRY}, bytes(4)),

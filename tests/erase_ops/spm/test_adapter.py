@@ -64,45 +64,6 @@ def assert_equal(one: SPMAdapter, other: SPMAdapter) -> None:
 # ---------------------------------------------------------------------------------------------------------- in memory
 
 
-def test_factors_know_their_delta() -> None:
-    linear = Factors(torch.randn(2, 3), torch.randn(4, 2), alpha=3.0)
-    torch.testing.assert_close(linear.delta(), 1.5 * linear.up @ linear.down)
-    conv = Factors(torch.randn(2, 3, 3, 5), torch.randn(4, 2, 1, 1), alpha=1.0)
-    x = torch.randn(1, 3, 9, 9)
-    one_step = torch.nn.functional.conv2d(x, conv.delta())
-    two_steps = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, conv.down), conv.up) * conv.scale
-    torch.testing.assert_close(one_step, two_steps, atol=1e-5, rtol=1e-5)
-    assert (conv.rank, conv.in_features, conv.out_features, conv.is_conv, linear.is_conv) == (2, 3, 4, True, False)
-
-
-@pytest.mark.parametrize(
-    ("down", "up"),
-    [
-        (torch.ones(2, 3), torch.ones(4, 1)),
-        (torch.ones(2, 3), torch.ones(4, 2, 1, 1)),
-        (torch.ones(2, 3, 1, 1), torch.ones(4, 2, 3, 3)),
-        (torch.ones(0, 3), torch.ones(4, 0)),
-        (torch.ones(3), torch.ones(4)),
-        (torch.ones(1, 3, 3), torch.ones(4, 1, 1)),
-        (torch.ones(2, 3), torch.ones(4, 2).half()),
-        (torch.ones(2, 3).long(), torch.ones(4, 2).long()),
-    ],
-)
-def test_factors_that_do_not_belong_together(down: torch.Tensor, up: torch.Tensor) -> None:
-    with pytest.raises(InvalidInputError, match="down"):
-        Factors(down, up)
-
-
-def test_concepts_are_checked() -> None:
-    assert Concept("cat").phrasings == ("cat",)
-    with pytest.raises(InvalidInputError, match="not empty"):
-        Concept(" ")
-    with pytest.raises(InvalidInputError, match=r"\[1, L, D\]"):
-        Concept("cat", torch.ones(2, 3, 4))
-    with pytest.raises(InvalidInputError, match="float16"):
-        Concept("cat", torch.ones(1, 3, 4).half())
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -369,6 +330,30 @@ def test_a_hub_repository_that_is_not_there(tmp_path: Path) -> None:
     for arguments in ({"subfolder": "../x"}, {"weight_name": "/etc/x.safetensors"}):
         with pytest.raises(UnsafePathError):
             SPMAdapter.from_pretrained("owner/none", **arguments, **where)
+
+
+def test_only_what_is_needed_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        "erasure.json",
+        "a.safetensors",
+        "a.bin",
+        "unet/b.safetensors",
+        "more/c.safetensors",
+        "more/x/d.safetensors",
+    ]
+    taken: list[list[str]] = []
+
+    def snapshot_download(repo_id: str, *, allow_patterns: Any, ignore_patterns: Any, **options: Any) -> str:
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        taken.append(list(huggingface_hub.utils.filter_repo_objects(names, **patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "more").mkdir()
+    for arguments in ({}, {"subfolder": "more"}, {"weight_name": "unet/b.safetensors"}):
+        with pytest.raises(AdapterFormatError):  # the folder is empty here
+            SPMAdapter.from_pretrained("owner/name", **arguments)
+    assert taken == [["erasure.json", "a.safetensors"], ["more/c.safetensors"], ["unet/b.safetensors"]]
 
 
 def test_push_to_hub(tiny_sd: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
