@@ -171,7 +171,7 @@ def _find_layers(
                 check_carriable(path, layer)
                 layers[path] = layer
             _check_shapes(label, path, layers[path], factors.down, factors.up)
-            if not (factors.down.isfinite().all() and factors.up.isfinite().all() and math.isfinite(factors.alpha)):
+            if not (factors.down.isfinite().all() and factors.up.isfinite().all()):
                 raise NonFiniteError(
                     f"{label}, {path}", expected="finite factors", found="NaN or infinity", fix="Use another file."
                 )

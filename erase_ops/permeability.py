@@ -127,8 +127,9 @@ def negative_rows(rows: int, info: CallInfo | None) -> int:
     return info.positive_rows if info is not None and info.has_negative and rows == 2 * info.positive_rows else 0
 
 
+@torch.no_grad()
 def decide(bank: ConceptBank, states: Tensor, info: CallInfo | None) -> tuple[Tensor, GateRecord]:
-    """The gates of one denoiser call; reads the device once.
+    """The gates of one denoiser call, constants for autograd; reads the device once.
 
     Args:
         bank: the concepts.
