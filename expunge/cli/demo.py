@@ -43,7 +43,13 @@ def demo(
 
 def score_table(result: Any) -> Table:
     """One line a question: what the classifier sees before and after."""
-    table = Table("question", "before", "after", title=f'"{result.concept}" erased', title_justify="left")
+    table = Table("question", "before", "after", "pictures", title=f'"{result.concept}" erased', title_justify="left")
     for row in result.rows:
-        table.add_row(Text(row.label), str(row.before), str(row.after))
+        table.add_row(Text(row.label), shown(row.before), shown(row.after), str(row.after.n))
     return table
+
+
+def shown(share: Any) -> str:
+    """A share with its 95 % interval."""
+    low, high = share.interval
+    return f"{100 * share.value:.1f} % ({100 * low:.0f}–{100 * high:.0f})"

@@ -62,7 +62,8 @@ class DemoResult:
             "scores": [row.to_dict() for row in self.rows],
             "untouched": {"n": len(untouched), "bit_identical": sum(self.same[index] for index in untouched)},
             "sampling": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "batch_size": BATCH},
-            "training": self.settings,
+            # The prompts and anchors stand in the adapter's own record.
+            "training": {name: value for name, value in self.settings.items() if not isinstance(value, list | tuple)},
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "pictures": [
                 {

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -24,6 +25,7 @@ from expunge.demo_run.result import BATCH, DemoResult
 from expunge.demo_run.scores import scores
 
 logger = logging.getLogger(__name__)
+SHEET_WIDTH = 8  # pictures in one row of erased.png
 
 
 def run_demo(
@@ -68,7 +70,8 @@ def run_demo(
         adapter = train_spm(pipe, config, output_dir=folder / file_name(concept), progress=console is not None)
     erase(pipe, [adapter, *beside])
     try:
-        with phase(f"Drawing them again, {1 + len(beside)} erasures in place", seconds, "after", console):
+        names = ", ".join([concept, *texts])
+    with phase(f"Drawing them again with {names} erased", seconds, "after", console):
             after, gates = draw(pipe, shots, console)
     finally:
         restore(pipe)
@@ -120,28 +123,36 @@ def phase(text: str, seconds: dict[str, float], name: str, console: Console | No
 
 def write(result: DemoResult) -> None:
     """The PNG sheets, `results.json` and the page."""
-    sheet(result, "trained", "shipped").save(result.folder / "erased.png")
-    sheet(result, "untouched").save(result.folder / "untouched.png")
+    erased_sheet(result).save(result.folder / "erased.png")
+    untouched_sheet(result).save(result.folder / "untouched.png")
     text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     (result.folder / "results.json").write_text(text + "\n", encoding="utf-8")
     (result.folder / "index.html").write_text(page.render(result), encoding="utf-8")
 
 
-def sheet(result: DemoResult, *groups: str) -> Any:
-    """Two rows, before and after, for each object of these groups (for each style where a style is erased)."""
+def erased_sheet(result: DemoResult) -> Image.Image:
+    """Two rows for each erased concept, before above after."""
     before, after = to_images(result.before), to_images(result.after)
     rows: list[GridRow] = []
-    by_label: dict[str, list[int]] = {}
-    for index, shot in enumerate(result.shots):
-        if shot.group in groups:
-            by_label.setdefault(shot.erased or shot.object, []).append(index)
-    for label, chosen in by_label.items():
-        chosen = chosen[:8]
-        rows.append(GridRow(label, "before", [before[index] for index in chosen]))
+    for word in dict.fromkeys(shot.erased for shot in result.shots if shot.erased is not None):
+        chosen = [index for index, shot in enumerate(result.shots) if shot.erased == word][:SHEET_WIDTH]
+        rows.append(GridRow(word, "before", [before[index] for index in chosen]))
         rows.append(GridRow("", "after", [after[index] for index in chosen]))
-    styles = [result.shots[index].style for index in max(by_label.values(), key=len)[:8]]
-    mixed = any(shot.erased == shot.style for shot in result.shots if shot.group in groups)
-    return grid([] if mixed else styles, rows)
+    return grid([], rows)
+
+
+def untouched_sheet(result: DemoResult) -> Image.Image:
+    """One row for each concept that must not change: its styles before, then the same after."""
+    before, after = to_images(result.before), to_images(result.after)
+    by_object: dict[str, list[int]] = {}
+    for index in result.untouched():
+        by_object.setdefault(result.shots[index].object, []).append(index)
+    rows = [
+        GridRow(name, "before, then after", [*(before[i] for i in chosen), *(after[i] for i in chosen)])
+        for name, chosen in by_object.items()
+    ]
+    styles = [result.shots[index].style for index in next(iter(by_object.values()))]
+    return grid([*styles, *styles], rows)
 
 
 def file_name(concept: str) -> str:
