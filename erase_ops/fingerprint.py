@@ -20,6 +20,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from expunge.erase_ops.sites import unwrap
 from expunge.errors import InvalidInputError
 
 # Configuration that changes what a UNet computes without changing a shape, beside what only names its layout.
@@ -60,9 +61,9 @@ def architecture_fingerprint(module: nn.Module) -> str:
     Returns:
         `"a1:"` and 32 hexadecimal digits; independent of weights, dtype and device.
     """
-    config = getattr(module, "config", {})
+    config = getattr(unwrap(module), "config", {})
     facts = {
-        "class": _class_name(module),
+        "class": str(config.get("_class_name") or type(unwrap(module)).__name__),
         "config": {name: config[name] for name in _ARCHITECTURE_FIELDS if name in config and config[name] is not None},
         "parameters": [
             [name, list(p.shape)]
@@ -81,11 +82,7 @@ def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    while hasattr(module, "adapter_layer_names"):  # a PEFT layer: its own parameters belong to the adapters
-        wrapped = getattr(module, "base_layer", None)
-        if not isinstance(wrapped, nn.Module):
-            break
-        module = wrapped
+    module = unwrap(module)  # a PEFT layer's own parameters belong to the adapters
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield prefix + name, _offloaded(module, name) if parameter.is_meta else parameter
@@ -101,10 +98,6 @@ def _offloaded(module: nn.Module, name: str) -> Tensor:
         if weights is not None:
             return weights[name]
     return module._parameters[name]  # type: ignore[return-value]  # the caller has seen that it is not None
-
-
-def _class_name(module: nn.Module) -> str:
-    return str(getattr(module, "config", {}).get("_class_name") or type(module).__name__)
 
 
 # -------------------------------------------------------------------------------------------------------- text encoders

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import safetensors
-import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from expunge.errors import AdapterFormatError, NonFiniteError
@@ -69,8 +70,8 @@ def parse_tensors(data: bytes, path: Path) -> TensorFile:
     metadata = header.pop("__metadata__", {})
     _check_header(path, header, metadata)
     try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, RuntimeError, OverflowError) as error:
+        tensors = load_safetensors(data)
+    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
         raise AdapterFormatError(
             str(path), expected="a well-formed safetensors file", found=str(error), fix=_DAMAGED_FIX
         ) from error
@@ -168,7 +169,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     """
     plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     meta = dict(metadata or {"format": "pt"})
-    data = safetensors.torch.save(plain, meta)
+    data = save_safetensors(plain, meta)
     # The library writes the metadata in the order of a randomly seeded hash map.
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

@@ -51,8 +51,8 @@ def artefact(folder: Path) -> Path:
 
 
 @pytest.fixture
-def refused() -> Callable[..., ExpungeError]:
-    """`refused(error, path, **arguments)`: loading raises exactly that error, in bounded time, and opens no shell."""
+def expect_refusal() -> Callable[..., ExpungeError]:
+    """`expect_refusal(error, path, **arguments)`: loading raises exactly that error, in bounded time."""
 
     def check(error: type[ExpungeError], path: Path | str, **arguments: Any) -> ExpungeError:
         arguments = {"concepts": ["cat"], **arguments}

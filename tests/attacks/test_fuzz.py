@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def finite_or_named(path: Path) -> bool:
+def assert_finite_or_named(path: Path) -> bool:
     """Whether the load succeeded; any other error than the named ones passes through and fails the test."""
     try:
         adapter = SPMAdapter.from_pretrained(path)
@@ -61,7 +61,7 @@ def test_the_untouched_files_load(folder: Path) -> None:
     for data in (OFFICIAL, SMALL):
         path = folder / "x.safetensors"
         path.write_bytes(data)
-        assert finite_or_named(path)
+        assert assert_finite_or_named(path)
 
 
 @settings(max_examples=EXAMPLES)
@@ -69,7 +69,7 @@ def test_the_untouched_files_load(folder: Path) -> None:
 def test_edited_bytes_of_a_small_file(folder: Path, edits: list[tuple[int, int, bytes]]) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(mutate(SMALL, edits))
-    finite_or_named(path)
+    assert_finite_or_named(path)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_edited_bytes_of_a_small_file(folder: Path, edits: list[tuple[int, int, 
 def test_edited_bytes_for_longer(folder: Path, edits: list[tuple[int, int, bytes]]) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(mutate(SMALL, edits))
-    finite_or_named(path)
+    assert_finite_or_named(path)
 
 
 @settings(max_examples=EXAMPLES // 4)
@@ -86,7 +86,7 @@ def test_edited_bytes_for_longer(folder: Path, edits: list[tuple[int, int, bytes
 def test_edited_bytes_of_a_reference_file(folder: Path, edits: list[tuple[int, int, bytes]]) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(mutate(OFFICIAL, edits))
-    finite_or_named(path)
+    assert_finite_or_named(path)
 
 
 @settings(max_examples=EXAMPLES)
@@ -94,7 +94,7 @@ def test_edited_bytes_of_a_reference_file(folder: Path, edits: list[tuple[int, i
 def test_one_byte(folder: Path, position: int, byte: int) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(SMALL[:position] + bytes([byte]) + SMALL[position + 1 :])
-    finite_or_named(path)
+    assert_finite_or_named(path)
 
 
 @settings(max_examples=EXAMPLES)
@@ -102,7 +102,7 @@ def test_one_byte(folder: Path, position: int, byte: int) -> None:
 def test_any_bytes(folder: Path, data: bytes) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(data)
-    assert not finite_or_named(path)
+    assert not assert_finite_or_named(path)
 
 
 @settings(max_examples=EXAMPLES)
@@ -123,7 +123,7 @@ def test_any_bytes(folder: Path, data: bytes) -> None:
 def test_any_header(folder: Path, header: dict[str, object], data: bytes) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(raw(header, data))
-    finite_or_named(path)
+    assert_finite_or_named(path)
 
 
 @settings(max_examples=EXAMPLES)
@@ -144,7 +144,7 @@ def test_any_values(folder: Path, values: list[float], metadata: dict[str, str])
             metadata or None,
         )
     )
-    loaded = finite_or_named(path)
+    loaded = assert_finite_or_named(path)
     assert not loaded or (bool(torch.isfinite(numbers).all()) and bool(metadata.get("prompts", "").strip(" ,")))
 
 
@@ -155,7 +155,7 @@ def test_edited_bytes_of_a_manifest(folder: Path, edits: list[tuple[int, int, by
     original = path.read_bytes()
     path.write_bytes(mutate(original, edits))
     try:
-        finite_or_named(path.parent)
+        assert_finite_or_named(path.parent)
     finally:
         path.write_bytes(original)
 
@@ -172,7 +172,7 @@ def test_any_value_in_a_manifest(folder: Path, name: int, value: object) -> None
     place[key] = value
     path.write_text(json.dumps(record))
     try:
-        finite_or_named(path.parent)
+        assert_finite_or_named(path.parent)
     finally:
         path.write_text(original)
 

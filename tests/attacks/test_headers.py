@@ -17,7 +17,7 @@ from expunge.errors import AdapterFormatError, ExpungeError
 
 from .conftest import FLAT, kohya, raw, save
 
-Refused = Callable[..., ExpungeError]
+Refusal = Callable[..., ExpungeError]
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 VALID = safetensors.torch.save(kohya())
 DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
@@ -52,7 +52,7 @@ FILES: dict[str, bytes] = {
     "size is true": raw({"a": {**ENTRY, "shape": [True]}}, bytes(4)),
     "size that overflows": raw({"a": {**ENTRY, "shape": [2**63, 2**63]}}, bytes(4)),
     "size beyond 64 bits": raw({"a": {**ENTRY, "shape": [2**70]}}, bytes(4)),
-    "20000 tensors": raw({f"a{i}": {**ENTRY, "data_offsets": [4 * i, 4 * i + 4]} for i in range(20_000)}, bytes(80_000)),
+    "20000 tensors": raw({f"a{i}": {**ENTRY, "data_offsets": [4 * i, 4 * i + 4]} for i in range(20_000)}, bytes(80000)),
     "200 dimensions": raw({"a": {**ENTRY, "shape": [1] * 200}}, bytes(4)),
     "name is empty": raw({"": ENTRY}, bytes(4)),
     "name leads out": raw({"../../x": ENTRY}, bytes(4)),
@@ -72,10 +72,10 @@ FILES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_malformed_file(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_malformed_file(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(FILES[name])
-    assert str(path) in refused(AdapterFormatError, path).subject
+    assert str(path) in expect_refusal(AdapterFormatError, path).subject
 
 
 def test_the_untouched_file_loads(tmp_path: Path) -> None:
@@ -83,24 +83,24 @@ def test_the_untouched_file_loads(tmp_path: Path) -> None:
     assert len(SPMAdapter.from_pretrained(tmp_path / "x.safetensors", concepts="cat").factors) == 1
 
 
-def test_100000_tensors_are_bounded(tmp_path: Path, refused: Refused) -> None:
+def test_100000_tensors_are_bounded(tmp_path: Path, expect_refusal: Refusal) -> None:
     """The library takes 5 seconds and 370 MB for these."""
     entry = {"dtype": "F32", "shape": []}
     header = {f"{FLAT}_{i}.alpha": {**entry, "data_offsets": [4 * i, 4 * i + 4]} for i in range(100_000)}
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw(header, bytes(400_000)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(AdapterFormatError, path)
+    expect_refusal(AdapterFormatError, path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
 
-def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path, refused: Refused) -> None:
+def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path, expect_refusal: Refusal) -> None:
     path = tmp_path / "x.safetensors"
     with open(path, "wb") as file:
         file.truncate(2**40)
-    assert "bytes" in refused(AdapterFormatError, path).found
+    assert "bytes" in expect_refusal(AdapterFormatError, path).found
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(1, 3, 1, 1, 1), torch.ones(()), torch.ones(0, 3), torch.ones(1, 3, 3)])
-def test_shapes_that_no_layer_has(tmp_path: Path, refused: Refused, tensor: Any) -> None:
-    refused(AdapterFormatError, save(tmp_path / "x.safetensors", kohya(down=tensor)))
+def test_shapes_that_no_layer_has(tmp_path: Path, expect_refusal: Refusal, tensor: Any) -> None:
+    expect_refusal(AdapterFormatError, save(tmp_path / "x.safetensors", kohya(down=tensor)))

@@ -14,7 +14,7 @@ from expunge.errors import AdapterFormatError, ExpungeError
 
 from .conftest import FLAT, SITE, artefact, kohya, save
 
-Refused = Callable[..., ExpungeError]
+Refusal = Callable[..., ExpungeError]
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "spm" / "official_spm_tiny.safetensors"
 PAIR = {"lora_A.weight": torch.ones(1, 3), "lora_B.weight": torch.ones(2, 1)}
 
@@ -45,8 +45,8 @@ FILES: dict[str, dict[str, torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_keys_that_make_no_adapter(tmp_path: Path, refused: Refused, name: str) -> None:
-    refused(AdapterFormatError, save(tmp_path / "x.safetensors", FILES[name]))
+def test_keys_that_make_no_adapter(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
+    expect_refusal(AdapterFormatError, save(tmp_path / "x.safetensors", FILES[name]))
 
 
 @pytest.mark.parametrize(
@@ -69,29 +69,29 @@ def test_keys_that_make_no_adapter(tmp_path: Path, refused: Refused, name: str) 
         {"r": 1, "layer_replication": [[0, 1]]},
     ],
 )
-def test_a_hostile_peft_configuration(tmp_path: Path, refused: Refused, config: object) -> None:
+def test_a_hostile_peft_configuration(tmp_path: Path, expect_refusal: Refusal, config: object) -> None:
     tensors = {f"base_model.model.{SITE}.{key}": tensor for key, tensor in PAIR.items()}
     save(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    refused(AdapterFormatError, tmp_path)
+    expect_refusal(AdapterFormatError, tmp_path)
 
 
 @pytest.mark.parametrize(
     "metadata", ["[", "[]", '{"unet.r": 1, "unet.use_dora": true}', '{"unet.r": "x"}', "[" * 99_999]
 )
-def test_hostile_diffusers_metadata(tmp_path: Path, refused: Refused, metadata: str) -> None:
+def test_hostile_diffusers_metadata(tmp_path: Path, expect_refusal: Refusal, metadata: str) -> None:
     tensors = {f"unet.{SITE}.{key}": tensor for key, tensor in PAIR.items()}
-    refused(AdapterFormatError, save(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": metadata}))
+    expect_refusal(AdapterFormatError, save(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": metadata}))
 
 
-def test_alphas_in_keys_and_in_the_metadata(tmp_path: Path, refused: Refused) -> None:
+def test_alphas_in_keys_and_in_the_metadata(tmp_path: Path, expect_refusal: Refusal) -> None:
     tensors = {f"unet.{SITE}.{key}": tensor for key, tensor in PAIR.items()} | {f"unet.{SITE}.alpha": torch.tensor(1.0)}
     metadata = {"lora_adapter_metadata": '{"unet.r": 1, "unet.lora_alpha": 8}'}
-    assert "alpha" in refused(AdapterFormatError, save(tmp_path / "x.safetensors", tensors, metadata)).found
+    assert "alpha" in expect_refusal(AdapterFormatError, save(tmp_path / "x.safetensors", tensors, metadata)).found
 
 
-def test_an_artefacts_files_of_two_saves(tmp_path: Path, refused: Refused) -> None:
+def test_an_artefacts_files_of_two_saves(tmp_path: Path, expect_refusal: Refusal) -> None:
     one, two = artefact(tmp_path / "one"), artefact(tmp_path / "two")
     save(two / "erasure.safetensors", {"factors.a.b.down": torch.ones(2, 3), "factors.a.b.up": torch.ones(2, 2)})
     (one / "erasure.safetensors").write_bytes((two / "erasure.safetensors").read_bytes())
-    refused(AdapterFormatError, one, concepts=None)
+    expect_refusal(AdapterFormatError, one, concepts=None)

@@ -14,7 +14,7 @@ from expunge.errors import AdapterFormatError, ExpungeError, InvalidInputError
 
 from .conftest import artefact, kohya, save
 
-Refused = Callable[..., ExpungeError]
+Refusal = Callable[..., ExpungeError]
 LONG = 10**5000 if hasattr(int, "from_bytes") else 0
 
 RAW: dict[str, bytes] = {
@@ -33,10 +33,10 @@ RAW: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_a_file_that_is_no_manifest(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_a_file_that_is_no_manifest(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     folder = artefact(tmp_path / "x")
     (folder / "erasure.json").write_bytes(RAW[name])
-    refused(AdapterFormatError, folder, concepts=None)
+    expect_refusal(AdapterFormatError, folder, concepts=None)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -81,11 +81,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_manifest_with_other_fields(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_a_manifest_with_other_fields(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     folder = artefact(tmp_path / "x")
     path = folder / "erasure.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **CHANGES[name]}))
-    refused(AdapterFormatError, folder, concepts=None)
+    expect_refusal(AdapterFormatError, folder, concepts=None)
 
 
 CONCEPTS: dict[str, dict[str, Any]] = {
@@ -104,13 +104,13 @@ CONCEPTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
-def test_a_concept_with_other_fields(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_a_concept_with_other_fields(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     folder = artefact(tmp_path / "x")
     path = folder / "erasure.json"
     record = json.loads(path.read_text())
     record["concepts"][0].update(CONCEPTS[name])
     path.write_text(json.dumps(record))
-    refused(AdapterFormatError, folder, concepts=None)
+    expect_refusal(AdapterFormatError, folder, concepts=None)
 
 
 def test_commas_separate_concepts_in_reference_metadata_only(tmp_path: Path) -> None:
@@ -123,13 +123,13 @@ def test_commas_separate_concepts_in_reference_metadata_only(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("concepts", [[], "", [""], [" ", "cat"], [1], ["\n"]])
-def test_concepts_that_are_none(tmp_path: Path, refused: Refused, concepts: Any) -> None:
-    refused(InvalidInputError, save(tmp_path / "x.safetensors", kohya()), concepts=concepts)
+def test_concepts_that_are_none(tmp_path: Path, expect_refusal: Refusal, concepts: Any) -> None:
+    expect_refusal(InvalidInputError, save(tmp_path / "x.safetensors", kohya()), concepts=concepts)
 
 
 @pytest.mark.parametrize("prompts", ["", ",", "cat,", "cat,,dog", " , "])
-def test_metadata_with_empty_concepts(tmp_path: Path, refused: Refused, prompts: str) -> None:
-    refused(AdapterFormatError, save(tmp_path / "x.safetensors", kohya(), {"prompts": prompts}), concepts=None)
+def test_metadata_with_empty_concepts(tmp_path: Path, expect_refusal: Refusal, prompts: str) -> None:
+    expect_refusal(AdapterFormatError, save(tmp_path / "x.safetensors", kohya(), {"prompts": prompts}), concepts=None)
 
 
 def test_a_concept_cannot_write_into_the_card(tmp_path: Path) -> None:

@@ -14,21 +14,21 @@ from expunge.errors import AdapterFormatError, ExpungeError, UnsafePathError
 
 from .conftest import artefact, kohya, save
 
-Refused = Callable[..., ExpungeError]
+Refusal = Callable[..., ExpungeError]
 
 
 @pytest.mark.parametrize("subfolder", ["..", "../x", "a/../../x", "/tmp", "..\\x", "C:\\x", "a\0b", ""])
-def test_subfolder(tmp_path: Path, refused: Refused, subfolder: str) -> None:
+def test_subfolder(tmp_path: Path, expect_refusal: Refusal, subfolder: str) -> None:
     artefact(tmp_path / "x")
     (tmp_path / "y").mkdir()
-    refused(UnsafePathError, tmp_path / "y", subfolder=subfolder)
+    expect_refusal(UnsafePathError, tmp_path / "y", subfolder=subfolder)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "..", ""])
-def test_weight_name(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_weight_name(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     save(tmp_path / "x.safetensors", kohya())
     (tmp_path / "y").mkdir()
-    refused(UnsafePathError, tmp_path / "y", weight_name=name)
+    expect_refusal(UnsafePathError, tmp_path / "y", weight_name=name)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a.b", "", " ", "..", "con/x", "a\nb", "a" * 100])
@@ -47,53 +47,53 @@ def test_a_hostile_file_name_gives_a_safe_adapter_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["erasure.json", "erasure.safetensors"])
-def test_a_link_out_of_an_artefact(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_a_link_out_of_an_artefact(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     folder = artefact(tmp_path / "x")
     secret = (folder / name).rename(tmp_path / "secret")
     (folder / name).symlink_to(secret)
-    refused(UnsafePathError, folder, concepts=None)
+    expect_refusal(UnsafePathError, folder, concepts=None)
 
 
-def test_a_link_out_of_a_run_folder(tmp_path: Path, refused: Refused) -> None:
+def test_a_link_out_of_a_run_folder(tmp_path: Path, expect_refusal: Refusal) -> None:
     secret = save(tmp_path / "secret", kohya())
     run = tmp_path / "run"
     run.mkdir()
     (run / "run_last.safetensors").symlink_to(secret)
-    refused(UnsafePathError, run)
+    expect_refusal(UnsafePathError, run)
     (run / "run_last.safetensors").rename(run / "only.safetensors")
-    refused(UnsafePathError, run)
+    expect_refusal(UnsafePathError, run)
 
 
-def test_a_subfolder_that_is_a_link_out(tmp_path: Path, refused: Refused) -> None:
+def test_a_subfolder_that_is_a_link_out(tmp_path: Path, expect_refusal: Refusal) -> None:
     artefact(tmp_path / "x")
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "inner").symlink_to(tmp_path / "x")
-    refused(UnsafePathError, tmp_path / "y", subfolder="inner")
+    expect_refusal(UnsafePathError, tmp_path / "y", subfolder="inner")
 
 
-def test_links_in_a_circle_and_to_nowhere(tmp_path: Path, refused: Refused) -> None:
+def test_links_in_a_circle_and_to_nowhere(tmp_path: Path, expect_refusal: Refusal) -> None:
     (tmp_path / "erasure.json").symlink_to("erasure.json")
-    refused(UnsafePathError, tmp_path)
+    expect_refusal(UnsafePathError, tmp_path)
     (tmp_path / "erasure.json").unlink()
     (tmp_path / "erasure.json").symlink_to("nowhere")
-    refused(UnsafePathError, tmp_path)
+    expect_refusal(UnsafePathError, tmp_path)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path, refused: Refused) -> None:
+def test_a_pipe_is_not_waited_for(tmp_path: Path, expect_refusal: Refusal) -> None:
     os.mkfifo(tmp_path / "x.safetensors")
-    assert "pipe" in refused(AdapterFormatError, tmp_path).found
+    assert "pipe" in expect_refusal(AdapterFormatError, tmp_path).found
 
 
-def test_an_endless_device_is_not_read(refused: Refused) -> None:
-    refused(AdapterFormatError, "/dev/zero")
+def test_an_endless_device_is_not_read(expect_refusal: Refusal) -> None:
+    expect_refusal(AdapterFormatError, "/dev/zero")
 
 
 @pytest.mark.parametrize("name", ["erasure.json", "erasure.safetensors"])
-def test_a_folder_in_place_of_a_file(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_a_folder_in_place_of_a_file(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     folder = artefact(tmp_path / "x")
     (folder / name).unlink()
     (folder / name).mkdir()
-    refused(AdapterFormatError, folder, concepts=None)
+    expect_refusal(AdapterFormatError, folder, concepts=None)
 
 
 def test_saving_does_not_follow_a_planted_link(tmp_path: Path) -> None:

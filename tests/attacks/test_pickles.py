@@ -15,7 +15,7 @@ from expunge.errors import AdapterFormatError, ExpungeError
 
 from .conftest import kohya
 
-Refused = Callable[..., ExpungeError]
+Refusal = Callable[..., ExpungeError]
 
 
 class Payload:
@@ -35,41 +35,41 @@ def test_the_payload_works(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.bin", "x.pt", "x.pth", "x.ckpt", "x.pkl", "X.BIN", "x.safetensors", "x"])
 @pytest.mark.parametrize("form", ["pickle", "torch", "legacy"])
-def test_a_pickle_is_refused_unread(tmp_path: Path, refused: Refused, name: str, form: str) -> None:
+def test_a_pickle_is_refused_unread(tmp_path: Path, expect_refusal: Refusal, name: str, form: str) -> None:
     marker, path = tmp_path / "marker", tmp_path / name
     if form == "pickle":
         path.write_bytes(pickle.dumps(Payload(marker)))
     else:
         torch.save({"x": Payload(marker)}, path, _use_new_zipfile_serialization=form == "torch")
-    assert "pickled" in refused(AdapterFormatError, path).found
+    assert "pickled" in expect_refusal(AdapterFormatError, path).found
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "adapter_model.bin", "x_last.pt"])
-def test_a_folder_with_pickles_only(tmp_path: Path, refused: Refused, name: str) -> None:
+def test_a_folder_with_pickles_only(tmp_path: Path, expect_refusal: Refusal, name: str) -> None:
     marker = tmp_path / "marker"
     folder = tmp_path / "x"
     folder.mkdir()
     torch.save(Payload(marker), folder / name)
-    error = refused(AdapterFormatError, folder)
+    error = expect_refusal(AdapterFormatError, folder)
     assert name in error.subject and "safetensors" in error.fix
     assert not marker.exists()
 
 
-def test_no_fallback_from_a_broken_file_to_a_pickle(tmp_path: Path, refused: Refused) -> None:
+def test_no_fallback_from_a_broken_file_to_a_pickle(tmp_path: Path, expect_refusal: Refusal) -> None:
     """diffusers says "defaulting to unsafe serialization" here."""
     marker = tmp_path / "marker"
     folder = tmp_path / "x"
     folder.mkdir()
     torch.save(Payload(marker), folder / "pytorch_lora_weights.bin")
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"broken")
-    refused(AdapterFormatError, folder)
+    expect_refusal(AdapterFormatError, folder)
     assert not marker.exists()
 
 
-def test_a_plain_state_dict_is_refused_as_well(tmp_path: Path, refused: Refused) -> None:
+def test_a_plain_state_dict_is_refused_as_well(tmp_path: Path, expect_refusal: Refusal) -> None:
     torch.save(kohya(), tmp_path / "x.pt")
-    refused(AdapterFormatError, tmp_path / "x.pt")
+    expect_refusal(AdapterFormatError, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "y.safetensors", "w") as archive:
         archive.writestr("x", b"")
-    refused(AdapterFormatError, tmp_path / "y.safetensors")
+    expect_refusal(AdapterFormatError, tmp_path / "y.safetensors")

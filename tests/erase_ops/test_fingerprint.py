@@ -27,6 +27,7 @@ def test_an_architecture_is_its_class_configuration_and_shapes(tiny_sd: TinyPipe
     assert fingerprint.startswith("a1:") and len(fingerprint) == 35
     assert architecture_fingerprint(tiny_sd(seed=1).unet) == fingerprint
     assert architecture_fingerprint(deepcopy(unet).half()) == fingerprint
+    assert architecture_fingerprint(torch.compile(unet)) == fingerprint
     assert architecture_fingerprint(tiny_sd(in_channels=9).unet) == fingerprint  # an inpainting model of the same base
     for other in ({"attention_head_dim": 4}, {"cross_attention_dim": 64}, {"use_linear_projection": True}):
         assert architecture_fingerprint(tiny_sd(**other).unet) != fingerprint
