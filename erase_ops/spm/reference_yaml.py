@@ -115,7 +115,7 @@ def read_reference(document: Any, path: Path) -> dict[str, Any]:
         values = document.get(section) or {}
         _require_mapping(values, f"{path}: {section}")
         refuse_unknown_keys(f"{path}: {section}", values, list(names))
-        fields |= {names[key]: value for key, value in values.items() if names[key] is not None and value is not None}
+        fields |= {name: values[key] for key, name in names.items() if name and values.get(key) is not None}
         unused = [key for key, value in values.items() if names[key] is None and value]
         if unused:
             logger.info("%s: %s of %s has no effect", path, ", ".join(unused), section)

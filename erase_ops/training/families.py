@@ -110,8 +110,8 @@ class StableDiffusion:
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         if self.clip_skip is not None:  # diffusers 0.42 looks for the final norm where transformers 5 no longer has it
-            text = {"tokenizers": self.tokenizers, "text_encoders": self.text_encoders}
-            return Conditioning(encode_states(prompts=prompts, family="sd", clip_skip=self.clip_skip, **text))
+            states = encode_states(self.tokenizers, self.text_encoders, prompts, family="sd", clip_skip=self.clip_skip)
+            return Conditioning(states)
         states, _ = self.pipe.encode_prompt(prompts, self.device, 1, False)
         return Conditioning(states.float())
 

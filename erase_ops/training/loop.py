@@ -99,7 +99,7 @@ class TrainingLoop:
     output_dir: Path | None = None
     progress: bool = True
     callback: Callback | None = None
-    validate: Callable[[int], None] | None = None
+    validate: Callable[[int], object] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ class TrainingLoop:
         assert self.output_dir is not None
         document: dict[str, Any] = {
             "config": self.config.to_dict(),
-            "schedule": _plain_numbers(self._schedule.state_dict()),
+            "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict() if self._scaler is not None else None,
             "history": self.history,
         }
@@ -261,8 +261,3 @@ class TrainingLoop:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _plain_numbers(state: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's state without its functions, which torch leaves out as None."""
-    return {name: value for name, value in state.items() if not callable(value)}
