@@ -69,9 +69,9 @@ def run_demo(
     with phase(f'Training an SPM that erases "{concept}"', seconds, "train", console):
         adapter = train_spm(pipe, config, output_dir=folder / file_name(concept), progress=console is not None)
     erase(pipe, [adapter, *beside])
+    names = ", ".join([concept, *texts])
     try:
-        names = ", ".join([concept, *texts])
-    with phase(f"Drawing them again with {names} erased", seconds, "after", console):
+        with phase(f"Drawing them again with {names} erased", seconds, "after", console):
             after, gates = draw(pipe, shots, console)
     finally:
         restore(pipe)
