@@ -1,0 +1,157 @@
+"""What SPMs cost at inference: CPU time over the base's, median of paired runs.
+
+    python benchmarks/bench_spm_cost.py [--pairs 15] [--json OUT.json]
+
+One prompt: whole calls of the bundled pipeline with 1, 10 and 100 SPMs, merged once a call. Rows with different
+gates: one forward of a UNet of Stable Diffusion 1.5's size with random weights, 32x32 latents, batch 2.
+Seconds are the process's CPU seconds on one thread, so that other work on the machine counts little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bars import Bar, print_table, verdict, write_json
+from diffusers import UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from expunge import SPMAdapter, demo, erase, restore
+from expunge.erase_ops.attach import attach, attachment_of, detach
+from expunge.erase_ops.sites import find_sites
+from expunge.erase_ops.spm import Concept, Factors
+
+STEPS = 50  # the pipeline's default
+
+
+def paired(one: Callable[[], object], other: Callable[[], object], pairs: int) -> tuple[float, float, float]:
+    """Median, lowest and highest of the ratio other / one over runs in turn, in CPU seconds."""
+    ratios = []
+    for index in range(pairs + 1):
+        seconds = []
+        for run in (one, other) if index % 2 else (other, one):
+            start = time.process_time()
+            run()
+            seconds.append(time.process_time() - start)
+        a, b = seconds if index % 2 else seconds[::-1]
+        if index:  # the first pair warms up
+            ratios.append(b / a)
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def random_adapter(unet: torch.nn.Module, name: str, seed: int, length: int, width: int) -> SPMAdapter:
+    """A rank-1 SPM of the right shapes; its concept's states are random."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for path, module in find_sites(unet).items():
+        rows, columns = module.weight.shape[:2]
+        down = torch.randn(1, columns, *module.weight.shape[2:], generator=generator) * 1e-3
+        up = torch.randn(rows, 1, *(1,) * (module.weight.ndim - 2), generator=generator) * 1e-3
+        factors[path] = Factors(down, up, 1.0)
+    states = torch.randn(1, length, width, generator=generator)
+    concept = Concept(name, states, (), (), (name,))
+    return SPMAdapter(factors=factors, concepts=[concept], threshold=0.0)
+
+
+def pipeline_rows(pairs: int) -> list[Bar]:
+    """One prompt on the bundled model; two pipelines with the same weights, one of them erased."""
+    base, erased = demo.load(), demo.load()
+    states = base.encode_prompt("a cat in noto style", "cpu", 1, False)[0]
+    rows = []
+    for count in (1, 10, 100):
+        adapters = [random_adapter(erased.unet, f"c{i}", i, *states.shape[1:]) for i in range(count)]
+        erase(erased, adapters, gate_threshold=-1.0, allow_mismatch=True)
+
+        def call(pipe: object) -> Callable[[], object]:
+            pipe.set_progress_bar_config(disable=True)
+            return lambda: pipe("a cat in noto style", num_inference_steps=STEPS, output_type="latent")
+
+        middle, low, high = paired(call(base), call(erased), pairs)
+        restore(erased)
+        rows.append(
+            Bar(
+                f"one prompt, {count} SPM{'s' * (count > 1)}: pipeline CPU time over the base's",
+                "<= 1.03",
+                f"{middle:.3f} [{low:.3f}, {high:.3f}] ({pairs} pairs)",
+                middle <= 1.03,
+                {"ratio": middle, "pairs": pairs},
+            )
+        )
+    return rows
+
+
+def large_unet() -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's denoiser with random weights (860 M parameters)."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8
+    ).eval()
+
+
+def unet_rows(pairs: int) -> list[Bar]:
+    """Two rows with different gates: the gated low-rank path against the base layers of the same UNet."""
+    unet = large_unet()
+    generator = torch.Generator().manual_seed(1)
+    sample, states = (torch.randn(s, generator=generator) for s in ((2, 4, 32, 32), (2, 77, 768)))
+    step = torch.tensor(500)
+
+    def forward() -> Tensor:
+        result: Tensor = unet(sample, step, encoder_hidden_states=states).sample
+        return result
+
+    rows = []
+    for count, bar in ((1, 1.10), (10, 1.15)):
+        attach(unet, [random_adapter(unet, f"c{i}", i, 77, 768) for i in range(count)], gate_threshold=-1.0)
+        gates = torch.rand(2, count, generator=generator) * 0.5 + 0.25
+        attachment = attachment_of(unet)
+        assert attachment is not None
+
+        def off() -> Tensor:
+            with attachment.force(0.0):
+                return forward()
+
+        def on() -> Tensor:
+            with attachment.force(gates):
+                return forward()
+
+        middle, low, high = paired(off, on, pairs)
+        detach(unet)
+        rows.append(
+            Bar(
+                f"rows with different gates, {count} SPM{'s' * (count > 1)}: UNet CPU time over the base's",
+                f"<= {bar:.2f}",
+                f"{middle:.3f} [{low:.3f}, {high:.3f}] ({pairs} pairs)",
+                middle <= bar,
+                {"ratio": middle, "pairs": pairs},
+            )
+        )
+    return rows
+
+
+def measure(pairs: int) -> list[Bar]:
+    """All rows."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    diffusers_logging.disable_progress_bar()
+    return pipeline_rows(pairs) + unet_rows(max(3, pairs // 2))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What SPMs cost at inference.")
+    parser.add_argument("--pairs", type=int, default=15, help="paired runs a row")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    rows = measure(arguments.pairs)
+    print_table("CPU cost of SPMs", rows)
+    if arguments.json:
+        write_json(arguments.json, rows)
+    return verdict(rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
