@@ -50,7 +50,8 @@ def encode_states(
     Raises:
         InvalidInputError: if the family is unknown, or encoders and tokenizers do not match it.
     """
-    if family not in ("sd", "sdxl") or len(tokenizers) != len(text_encoders) or not 1 <= len(tokenizers) <= 2:
+    allowed = {"sd": (1,), "sdxl": (1, 2)}
+    if len(tokenizers) != len(text_encoders) or len(tokenizers) not in allowed.get(family, ()):
         raise InvalidInputError(
             "encode_states",
             expected='family "sd" with one tokenizer and text encoder, or "sdxl" with one or two of each',
@@ -249,8 +250,7 @@ def calibrate(
         if lowest > threshold:
             threshold = (quantile + lowest) / 2
         record["lowest_target_score"] = lowest
-        record["recall"] = _share(target_cosine, threshold)
-        record["recall_with_overlap"] = _share(target_joined, threshold)
+    threshold = torch.tensor(threshold).item()  # what it is as the float32 that gates are compared with
     if threshold >= 1.0:
         raise InvalidInputError(
             "benign",
@@ -258,6 +258,9 @@ def calibrate(
             found=f"more than {allowed} of {len(benign)} whose text states equal the concept's",
             fix="Take the prompts that mean the concept out of the benign ones.",
         )
+    if target:
+        record["recall"] = _share(target_cosine, threshold)
+        record["recall_with_overlap"] = _share(target_joined, threshold)
     record["realised_false_positive_rate"] = _share(cosine, threshold)
     record["realised_false_positive_rate_with_overlap"] = _share(joined, threshold)
     return threshold, record
@@ -265,4 +268,4 @@ def calibrate(
 
 def _share(scores: Tensor, threshold: float) -> float:
     """The share of scores that the gate lets through."""
-    return (scores >= threshold).float().mean().item()
+    return (scores >= threshold).double().mean().item()
