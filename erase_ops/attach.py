@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from expunge.erase_ops.carrier import Carrier, Group, check_carriable, make_carrier, move_host_hooks
 from expunge.erase_ops.entry import Attachment, Settings
 from expunge.erase_ops.permeability import ConceptBank
-from expunge.erase_ops.sites import attention_paths, holder, is_fused, resolve, site_table, unwrap
+from expunge.erase_ops.sites import (
+    attention_paths,
+    holder,
+    is_fused,
+    layers_at,
+    processor_name,
+    resolve,
+    runs_past,
+    site_table,
+    unwrap,
+)
 from expunge.errors import (
     AdapterMismatchError,
     InvalidInputError,
@@ -180,9 +190,17 @@ def _find_layers(
         raise UnsupportedOperationError(
             fused[0],
             expected="separate query, key and value projections",
-            found="fused ones",
-            fix="Call unfuse_qkv_projections() on the pipeline first.",
+            found=f"those of a {processor_name(denoiser.get_submodule(fused[0]))}",
+            fix="Call unfuse_qkv_projections() on the pipeline, or set another attention processor, first.",
         )
+    for path in layers:
+        if (wrapper := runs_past(layers_at(denoiser, path))) is not None:
+            raise UnsupportedOperationError(
+                path,
+                expected="PEFT layers that call the layer they wrap",
+                found=f"a {wrapper}",
+                fix="Merge or delete the PEFT adapter first.",
+            )
     return layers
 
 

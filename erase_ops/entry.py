@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from expunge.erase_ops.carrier import Carrier, Group, Slot
 from expunge.erase_ops.merge import Mode, Route, plan
 from expunge.erase_ops.permeability import CallInfo, ConceptBank, GateRecord, decide
-from expunge.erase_ops.sites import attention_paths, is_fused, resolve, site_table, unwrap
+from expunge.erase_ops.sites import (
+    attention_paths,
+    is_fused,
+    layers_at,
+    processor_name,
+    resolve,
+    runs_past,
+    site_table,
+    unwrap,
+)
 from expunge.errors import ErasureLostError, InvalidInputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -136,26 +145,33 @@ class Attachment:
         return sum(self._carries(denoiser, carrier) for carrier in self.carriers), len(self.carriers)
 
     def _carries(self, denoiser: nn.Module, carrier: Carrier) -> bool:
-        found = resolve(denoiser, carrier.path)
-        return isinstance(found, Carrier) and found.group is self.group
+        return self._is_mine(resolve(denoiser, carrier.path))
+
+    def _is_mine(self, layer: nn.Module | None) -> bool:
+        return isinstance(layer, Carrier) and layer.group is self.group
 
     def check(self, denoiser: nn.Module) -> None:
         """Checks that the whole erasure is still in force; costs about a millisecond.
 
         Raises:
-            ErasureLostError: naming what was lost: the denoiser's hooks, a site, or sites bypassed by fused attention.
+            ErasureLostError: naming what was lost: the denoiser's hooks, a site, or sites that other projections of an
+                attention processor or PEFT layers run past.
         """
         hooks = unwrap(denoiser)
         if not (_is_hooked(hooks._forward_pre_hooks, self) and _is_hooked(hooks._forward_hooks, self)):
             raise _lost("the gate's hooks on the denoiser", f"{type(hooks).__name__} without them")
-        lost = [carrier.path for carrier in self.carriers if not self._carries(denoiser, carrier)]
+        layers = {carrier.path: layers_at(denoiser, carrier.path) for carrier in self.carriers}
+        lost = [path for path, found in layers.items() if not found or not self._is_mine(found[-1])]
         if lost:
             what = f"{len(lost)} of them replaced: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
             raise _lost(f"{len(self.carriers)} layers that carry the erasure", what)
         for path in self._attention:
             attention = resolve(denoiser, path)
             if attention is None or is_fused(attention):
-                raise _lost("separate query, key and value projections", f"{path} with fused ones")
+                raise _lost("separate query, key and value projections", f"{path} with {processor_name(attention)}")
+        for path, found in layers.items():
+            if (wrapper := runs_past(found)) is not None:
+                raise _lost("PEFT layers that call the layer they wrap", f"{path} in a {wrapper}")
         self._run_last(hooks)
 
     def _run_last(self, denoiser: nn.Module) -> None:

@@ -16,6 +16,8 @@ from torch import nn
 from expunge.errors import InvalidInputError, UnsupportedOperationError
 
 WRAPPERS = ("_orig_mod", "base_layer")  # children that stand for the module itself: torch.compile's and PEFT's
+# PEFT's layers that call the layer that they wrap and add to its output. Others compute with its weight, past it.
+_ADDING = {"LoraLayer", "LoHaLayer", "LoKrLayer", "VeraLayer", "SPMLayer"}
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,26 @@ def holder(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:
         module, name = child, wrapper
 
 
+def layers_at(denoiser: nn.Module, path: str) -> list[nn.Module]:
+    """The layer at a plain path with what is wrapped around it, outermost first; empty if there is none."""
+    parent, _, name = path.rpartition(".")
+    module = resolve(denoiser, parent) if parent else unwrap(denoiser)
+    child = None if module is None else module._modules.get(name)
+    layers = []
+    while child is not None:
+        layers.append(child)
+        child = next((below for key in WRAPPERS if (below := layers[-1]._modules.get(key)) is not None), None)
+    return layers
+
+
+def runs_past(layers: list[nn.Module]) -> str | None:
+    """Of a layer and its wrappers, the class of a PEFT layer that does not call what it wraps, or may not; or None."""
+    for wrapper in layers[:-1]:
+        if hasattr(wrapper, "adapter_layer_names") and _ADDING.isdisjoint(k.__name__ for k in type(wrapper).__mro__):
+            return f"{type(wrapper).__module__}.{type(wrapper).__name__}"
+    return None
+
+
 def attention_paths(denoiser: nn.Module, paths: Mapping[str, object]) -> tuple[str, ...]:
     """Plain paths of the attention modules (those with a processor) that hold any of the given sites."""
     return tuple(
@@ -169,8 +191,16 @@ def attention_paths(denoiser: nn.Module, paths: Mapping[str, object]) -> tuple[s
 
 
 def is_fused(attention: nn.Module) -> bool:
-    """Whether an attention module computes q, k and v with a fused layer of its own, past the sites.
+    """Whether an attention module computes with projections other than its sites: fused ones or Custom Diffusion's.
 
     Judged by the processor: `fused_projections` stays set after diffusers' `unfuse_qkv_projections`.
     """
-    return type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+    processor = getattr(attention, "processor", None)
+    name = type(processor).__name__
+    own = any(getattr(processor, flag, False) for flag in ("train_kv", "train_q_out"))
+    return name.startswith("Fused") or (name.startswith("CustomDiffusion") and own)
+
+
+def processor_name(attention: nn.Module | None) -> str:
+    """The class of an attention module's processor, for messages."""
+    return "nothing" if attention is None else type(getattr(attention, "processor", None)).__name__
