@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from expunge import SPMAdapter, demo, erase, restore
-from expunge.erase_ops.attach import attach, attachment_of, detach
+from expunge.erase_ops.attach import attach, detach
+from expunge.erase_ops.entry import Attachment
 from expunge.erase_ops.sites import find_sites
 from expunge.erase_ops.spm import Concept, Factors
 
@@ -106,20 +108,16 @@ def unet_rows(pairs: int) -> list[Bar]:
 
     rows = []
     for count, bar in ((1, 1.10), (10, 1.15)):
-        attach(unet, [random_adapter(unet, f"c{i}", i, 77, 768) for i in range(count)], gate_threshold=-1.0)
+        attachment = attach(
+            unet, [random_adapter(unet, f"c{i}", i, 77, 768) for i in range(count)], gate_threshold=-1.0
+        )
         gates = torch.rand(2, count, generator=generator) * 0.5 + 0.25
-        attachment = attachment_of(unet)
-        assert attachment is not None
 
-        def off() -> Tensor:
-            with attachment.force(0.0):
-                return forward()
-
-        def on() -> Tensor:
+        def run(attachment: Attachment, gates: Tensor | float) -> Tensor:
             with attachment.force(gates):
                 return forward()
 
-        middle, low, high = paired(off, on, pairs)
+        middle, low, high = paired(partial(run, attachment, 0.0), partial(run, attachment, gates), pairs)
         detach(unet)
         rows.append(
             Bar(

@@ -95,7 +95,7 @@ def not_naming(erased: set[str], count: int, seed: int) -> list[str]:
     held = table["held_out"]
     words = [w for o, names in table["objects"].items() if o not in erased for w in (o, *names)]
     styles = [s for s in table["styles"] if s not in erased]
-    prompts = {p for p in table["plain_prompts"]}
+    prompts = set(table["plain_prompts"])
     prompts |= {fill(t, style=s) for t in held["style_templates"] for s in styles}
     while len(prompts) < count:
         if rng.random() < 0.8:
