@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from expunge.demo.builder import card, dataset, evaluate, text, train_classifier, unet, vae
+from expunge.demo.builder import adapters, card, dataset, evaluate, text, train_classifier, unet, vae
 
-STAGES = ("data", "tokenizer", "classifier", "vae", "unet", "evaluate")
+STAGES = ("data", "tokenizer", "classifier", "vae", "unet", "evaluate", "adapters")
 
 
 def run_stage(stage: str, output: Path, seed: int) -> None:
@@ -27,6 +27,8 @@ def run_stage(stage: str, output: Path, seed: int) -> None:
         remember(output, "vae", vae.train(output, seed))
     elif stage == "unet":
         unet.train(output, seed)
+    elif stage == "adapters":
+        adapters.train(output, seed=seed)
     else:
         remember(output, "classifier", train_classifier.evaluate(output))
         scores = remember(output, "model", evaluate.evaluate(output))
@@ -47,7 +49,7 @@ def main(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="where everything is written")],
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
-    """Builds the bundled demo model (about 80 minutes on one core)."""
+    """Builds the bundled demo model (about two hours on one core)."""
     if stage not in ("all", *STAGES):
         raise typer.BadParameter(f"expected all or one of {', '.join(STAGES)}, found {stage}")
     torch.set_num_threads(1)
