@@ -113,7 +113,7 @@ def write_artefact(
             the manifest is not valid.
         NonFiniteError: if a tensor has NaN or infinity.
     """
-    _check_target(folder, manifest.kind, overwrite)
+    check_target(folder, manifest.kind, overwrite=overwrite)
     check_weights(str(folder / TENSORS), tensors)
     data = tensor_bytes(tensors)
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -132,7 +132,14 @@ def write_artefact(
     write_folder(folder, {**others, TENSORS: data, MANIFEST: text})
 
 
-def _check_target(folder: Path, kind: str, overwrite: bool) -> None:
+def check_target(folder: Path, kind: str, *, overwrite: bool = True) -> None:
+    """Whether `write_artefact` may write there; for a training to ask before it starts.
+
+    Raises:
+        InvalidInputError: if `folder` is a file, or holds an artefact of another kind or one that is to be kept.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInputError(str(folder), expected="a folder", found="a file", fix="Choose another path.")
     if not is_artefact(folder):
         return
     if not overwrite:

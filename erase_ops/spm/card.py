@@ -10,6 +10,8 @@ if TYPE_CHECKING:  # the adapter writes the card
 
 _PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
+_LONG = 8  # entries of a list that the card still shows
+
 _TEMPLATE = """\
 ---
 library_name: expunge
@@ -96,7 +98,7 @@ def render_card(adapter: SPMAdapter) -> str:
         concepts=facts["Concepts"],
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         gate=_gate(adapter),
-        training=_block(adapter.settings) if adapter.settings else "Not recorded.",
+        training=_block(_counted(adapter.settings)) if adapter.settings else "Not recorded.",
     )
 
 
@@ -111,6 +113,14 @@ def _gate(adapter: SPMAdapter) -> str:
         return f"{stored} No threshold was calibrated: 0 is used."
     text = f"{stored} Below {adapter.threshold:.6g} the gate is exactly zero and the image is the base model's."
     return text if adapter.calibration is None else f"{text} The calibration's record:\n\n{_block(adapter.calibration)}"
+
+
+def _counted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings to be read by people: of a long list only the length; `erasure.json` has all of it."""
+    return {
+        name: f"{len(value)} entries, see erasure.json" if isinstance(value, list) and len(value) > _LONG else value
+        for name, value in settings.items()
+    }
 
 
 def _block(value: dict[str, Any]) -> str:
