@@ -6,6 +6,7 @@ Held-out templates and synonym-in-template pairs are never used here; evaluation
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,20 @@ def style_pairs(tables: dict[str, Any], name: str, neutral: str) -> list[tuple[s
     ]
     pairs += [(fill(template, style=name), fill(template, style=neutral)) for template in tables["style_templates"]]
     return list(dict.fromkeys(pairs))
+
+
+def phrasings(tables: dict[str, Any], concept: str) -> list[str]:
+    """Templates with {} whose text states the gate compares with: the concept alone, and with what it comes with.
+
+    The model's text encoder places a prompt by its object and its style together, so that "cat" alone is only half
+    way to "a cat in noto style": an object is phrased in every style, and a style with every object.
+    """
+    name = concept.removesuffix(STYLE_SUFFIX)
+    if name in tables["styles"]:
+        texts = [fill(tables["templates"][0], thing, name) for thing in tables["objects"]]
+    else:
+        texts = [fill(template, name, style) for template in tables["templates"][:2] for style in tables["styles"]]
+    return ["{}", *(re.sub(rf"\b{re.escape(concept)}\b", "{}", text) for text in texts)]
 
 
 def other_prompts(tables: dict[str, Any], name: str) -> list[str]:

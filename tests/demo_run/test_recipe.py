@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from expunge import demo
-from expunge.demo_run.recipe import object_pairs, other_prompts, style_pairs, training_fields
+from expunge.demo_run.recipe import object_pairs, other_prompts, phrasings, style_pairs, training_fields
 from expunge.errors import InvalidInputError
+
+ARTICLES = (("a", "cat"), ("a", "dog"), ("a", "car"), ("an", "apple"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,19 @@ class TestOtherPrompts:
         assert "a puppy in neon style" in prompts
         assert "puppy, neon style" not in prompts
         assert not [prompt for prompt in prompts if prompt.startswith("look")]
+
+
+class TestPhrasings:
+    def test_an_object_comes_in_every_style_with_its_article(self, tables: dict[str, Any]) -> None:
+        assert phrasings(tables, "apple") == [
+            "{}", "an {} in noto style", "an {} in pixel style", "an {} in neon style",
+            "{}, noto style", "{}, pixel style", "{}, neon style",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(("concept", "rest"), [("neon", " style"), ("neon style", "")])
+    def test_a_style_comes_with_every_object(self, tables: dict[str, Any], concept: str, rest: str) -> None:
+        texts = phrasings(tables, concept)
+        assert texts == ["{}", *(f"{a} {thing} in {{}}{rest}" for a, thing in ARTICLES)]
 
 
 class TestTrainingFields:
