@@ -27,7 +27,8 @@ from expunge.erase_ops.attach import attach, detach
 from expunge.erase_ops.sites import find_sites
 from expunge.erase_ops.spm import Concept, SPMAdapter
 from expunge.erase_ops.spm.config import PromptPair, SPMTrainingConfig
-from expunge.erase_ops.spm.training import EncodedText, SPMTraining, new_factors
+from expunge.erase_ops.spm.training import EncodedText, SPMTraining
+from expunge.erase_ops.spm.untrained import new_factors
 from expunge.erase_ops.training.families import Conditioning, StableDiffusion
 
 LIMIT = 0.85

@@ -9,30 +9,26 @@ that are thrown away, and the positive prompt shares the frozen denoiser's forwa
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from expunge.erase_ops.artefact import check_target
 from expunge.erase_ops.attach import Attachment, attach, attachment_of, detach
-from expunge.erase_ops.fingerprint import architecture_fingerprint, weights_fingerprint
 from expunge.erase_ops.formats.factors import Factors
-from expunge.erase_ops.formats.folders import slug
-from expunge.erase_ops.gates import calibrate, make_concept
-from expunge.erase_ops.sites import find_sites
 from expunge.erase_ops.spm.adapter import SPMAdapter
 from expunge.erase_ops.spm.anchors import Anchors, AnchorSampler
-from expunge.erase_ops.spm.config import SPMTrainingConfig, fill
+from expunge.erase_ops.spm.config import SPMTrainingConfig
 from expunge.erase_ops.spm.objective import erasing_target, spm_loss
 from expunge.erase_ops.spm.states import StateSampler, TrainingState
-from expunge.erase_ops.training.config import about
+from expunge.erase_ops.spm.untrained import new_adapter, recorded_settings
+from expunge.erase_ops.training.borrowed import frozen, text_encoders_on_cpu
 from expunge.erase_ops.training.families import Conditioning, StableDiffusion, family_of
-from expunge.erase_ops.training.loop import Callback, TrainingLoop, make_accelerator, seeded_generator
+from expunge.erase_ops.training.loop import Callback, TrainingLoop, make_accelerator
 from expunge.erase_ops.training.sampling import noise_grid
 from expunge.erase_ops.training.validation import Validation
 from expunge.errors import InvalidInputError, UnsupportedOperationError
@@ -82,10 +78,15 @@ def train_spm(
     family = family_of(pipe, clip_skip=config.clip_skip)
     _check_model(family, config)
     accelerator = make_accelerator(config, family.device)
+    if accelerator.num_processes > 1:
+        pipe.to(accelerator.device)  # each process on its own device
     adapter = new_adapter(family, config)
     text = EncodedText.of(family, config)
     validation = Validation.of(family, config) if config.validation_steps else None
-    with _frozen(family.denoiser, config.gradient_checkpointing), _text_encoders_offloaded(family, config):
+    with (
+        frozen(family.denoiser, config.gradient_checkpointing),
+        text_encoders_on_cpu(family, config.offload_text_encoders),
+    ):
         attachment = attach(family.denoiser, [adapter], trainable=True)
         try:
             method = SPMTraining(family, attachment, adapter, text, config)
@@ -237,88 +238,6 @@ class SPMTraining:
         self.states.load_state_dict(tensors)
 
 
-# ---------------------------------------------------------------------------------------------------------- the adapter
-
-
-def new_adapter(family: StableDiffusion, config: SPMTrainingConfig) -> SPMAdapter:
-    """An SPM that does nothing yet, with its concepts and its gate's threshold, which do not depend on the factors.
-
-    Raises:
-        InvalidInputError: if the coverage is unknown or a concept has no token of its own.
-    """
-    sites = find_sites(family.denoiser, config.coverage)
-    generator = seeded_generator(config.seed, 0)
-    text = {"tokenizers": family.tokenizers, "text_encoders": family.text_encoders}
-    concepts = [
-        make_concept(
-            concept,
-            neutral=config.neutral_text,
-            family=family.name,
-            phrasings=tuple(fill(template, concept) for template in config.phrasings),
-            **text,
-        )
-        for concept in config.concept_texts
-    ]
-    adapter = SPMAdapter(
-        factors={path: new_factors(layer, config.rank, config.alpha, generator) for path, layer in sites.items()},
-        concept_list=concepts,
-        neutral=config.neutral_text,
-        family=family.name,
-        base_fingerprint=architecture_fingerprint(family.denoiser),
-        text_encoder_fingerprint=weights_fingerprint(family.text_encoders, family.tokenizers),
-        name=config.name or slug("-".join(config.concept_texts)),
-    )
-    if config.benign_prompts:
-        targets = config.calibration_targets or tuple(dict.fromkeys(pair.target for pair in config.prompts))
-        adapter.threshold, adapter.calibration = calibrate(
-            adapter,
-            benign=config.benign_prompts,
-            target=targets,
-            false_positive_rate=config.false_positive_rate,
-            **text,
-        )
-    else:
-        logger.warning("No benign_prompts: the adapter has no calibrated threshold and gates every prompt a little.")
-    return adapter
-
-
-def recorded_settings(pipe: Any, config: SPMTrainingConfig) -> dict[str, Any]:
-    """What an adapter remembers of its training: the settings that its weights depend on, and no local path.
-
-    The calibration's prompts are left out, since they are many and its record says what came of them.
-    """
-    omitted = ("benign_prompts", "calibration_targets")
-    values = config.to_dict()
-    settings = {name: values[name] for name in values if not about(type(config), name).free and name not in omitted}
-    base = config.pretrained_model_name_or_path or getattr(pipe.config, "_name_or_path", None) or ""
-    return settings | {"pretrained_model_name_or_path": Path(base).name if Path(base).exists() else base}
-
-
-def new_factors(layer: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> Factors:
-    """Factors of a layer that change nothing yet: `down` uniform in ±1/sqrt(fan in) (Kaiming, a = sqrt(5)), `up` zero.
-
-    As in the SPM reference, the rank of a convolution is at most its number of input or output channels.
-
-    Args:
-        layer: a Linear or Conv2d.
-        rank: r.
-        alpha: the scale's numerator.
-        generator: of the CPU.
-
-    Returns:
-        Float32 leaves that require gradients, on the layer's device.
-    """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(layer, nn.Conv2d):
-        rank = min(rank, layer.in_channels, layer.out_channels)
-        down, up = torch.empty(rank, layer.in_channels, *layer.kernel_size), torch.zeros(layer.out_channels, rank, 1, 1)
-    else:
-        down, up = torch.empty(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-    return Factors(down.to(weight.device).requires_grad_(), up.to(weight.device).requires_grad_(), alpha)
-
-
 # ---------------------------------------------------------------------------------------- around the training
 
 
@@ -329,13 +248,24 @@ def _output_folder(config: SPMTrainingConfig, output_dir: str | Path | None) -> 
         raise InvalidInputError(
             "output_dir", expected=f"a folder, since {wants[0]} is set", found="None", fix="Pass output_dir."
         )
-    return None if chosen is None else Path(chosen)
+    if chosen is None:
+        return None
+    folder = Path(chosen).expanduser()
+    check_target(folder, "spm")  # before the training, not after it
+    return folder
 
 
 def _check_model(family: StableDiffusion, config: SPMTrainingConfig) -> None:
     if attachment_of(family.denoiser) is not None:
         raise UnsupportedOperationError(
             "pipe", expected="a pipeline without erasures", found="an erased one", fix="Call restore(pipe) first."
+        )
+    if any(parameter.is_meta for parameter in family.denoiser.parameters()):
+        raise UnsupportedOperationError(
+            "pipe.unet",
+            expected="weights in memory",
+            found="weights kept elsewhere by sequential offloading",
+            fix="Call pipe.remove_all_hooks() and pipe.to(device) before training.",
         )
     resolution = config.resolution or family.native_resolution
     sides: Sequence[int] = range(-(-resolution // 128) * 64, resolution + 1, 64)
@@ -352,36 +282,3 @@ def _check_model(family: StableDiffusion, config: SPMTrainingConfig) -> None:
         logger.warning(
             "alpha / rank is %.3g: the adapter learns slowly. Raise alpha with the rank.", config.alpha / config.rank
         )
-
-
-@contextmanager
-def _frozen(denoiser: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
-    """The denoiser in evaluation mode without gradients of its own; afterwards as it was."""
-    flags = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
-    training, checkpointing = denoiser.training, denoiser.is_gradient_checkpointing
-    denoiser.requires_grad_(False).eval()
-    if gradient_checkpointing and not checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        if gradient_checkpointing and not checkpointing:
-            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
-        denoiser.train(training)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _text_encoders_offloaded(family: StableDiffusion, config: SPMTrainingConfig) -> Iterator[None]:
-    """The text encoders on the CPU, if the config says so; afterwards where they were."""
-    encoders = [(encoder, encoder.device) for encoder in family.text_encoders] if config.offload_text_encoders else []
-    for encoder, _ in encoders:
-        encoder.to("cpu")
-    if encoders and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    try:
-        yield
-    finally:
-        for encoder, device in encoders:
-            encoder.to(device)

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from expunge.erase_ops.gates import encode_states
+from expunge.erase_ops.sites import unwrap
 from expunge.errors import UnsupportedOperationError
 
 _ENCODE_BATCH = 64
@@ -65,7 +66,8 @@ class StableDiffusion:
     name: Literal["sd", "sdxl"] = "sd"
 
     def __init__(self, pipe: Any, *, clip_skip: int | None = None) -> None:
-        self.pipe, self.denoiser, self.clip_skip = pipe, pipe.unet, clip_skip
+        self.pipe, self.clip_skip = pipe, clip_skip
+        self.denoiser: Any = unwrap(pipe.unet)  # the plain module, where torch.compile has wrapped it
         channels, latent = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
         if channels != latent:
             raise UnsupportedOperationError(
@@ -245,7 +247,7 @@ def family_of(pipe: Any, *, clip_skip: int | None = None) -> StableDiffusion:
         UnsupportedOperationError: if the pipeline has no UNet2DConditionModel, or the family refuses it.
     """
     unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, UNet2DConditionModel):
+    if unet is None or not isinstance(unwrap(unet), UNet2DConditionModel):
         raise UnsupportedOperationError(
             type(pipe).__name__,
             expected="a pipeline with a UNet2DConditionModel (Stable Diffusion 1.x, 2.x or SDXL)",

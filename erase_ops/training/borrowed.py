@@ -1,0 +1,44 @@
+"""A pipeline's parts as a training needs them, and as they were once it is over, however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from expunge.erase_ops.training.families import StableDiffusion
+
+
+@contextmanager
+def frozen(denoiser: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
+    """The denoiser in evaluation mode without gradients of its own; afterwards as it was."""
+    flags = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
+    training, checkpointing = denoiser.training, denoiser.is_gradient_checkpointing
+    denoiser.requires_grad_(False).eval()
+    if gradient_checkpointing and not checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if gradient_checkpointing and not checkpointing:
+            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+        denoiser.train(training)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def text_encoders_on_cpu(family: StableDiffusion, wanted: bool) -> Iterator[None]:
+    """The text encoders on the CPU, if that is wanted; afterwards where they were."""
+    encoders = [(encoder, encoder.device) for encoder in family.text_encoders] if wanted else []
+    for encoder, _ in encoders:
+        encoder.to("cpu")
+    if encoders and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        for encoder, device in encoders:
+            encoder.to(device)
