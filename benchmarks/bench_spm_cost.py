@@ -25,6 +25,7 @@ from torch import Tensor
 from expunge import SPMAdapter, demo, erase, restore
 from expunge.erase_ops.attach import attach, detach
 from expunge.erase_ops.entry import Attachment
+from expunge.erase_ops.gates import make_concept
 from expunge.erase_ops.sites import find_sites
 from expunge.erase_ops.spm import Concept, Factors
 
@@ -46,8 +47,8 @@ def paired(one: Callable[[], object], other: Callable[[], object], pairs: int) -
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def random_adapter(unet: torch.nn.Module, name: str, seed: int, length: int, width: int) -> SPMAdapter:
-    """A rank-1 SPM of the right shapes; its concept's states are random."""
+def random_adapter(unet: torch.nn.Module, concept: Concept, seed: int) -> SPMAdapter:
+    """A rank-1 SPM of the right shapes on every site; small random factors, no threshold."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for path, module in find_sites(unet).items():
@@ -55,19 +56,18 @@ def random_adapter(unet: torch.nn.Module, name: str, seed: int, length: int, wid
         down = torch.randn(1, columns, *module.weight.shape[2:], generator=generator) * 1e-3
         up = torch.randn(rows, 1, *(1,) * (module.weight.ndim - 2), generator=generator) * 1e-3
         factors[path] = Factors(down, up, 1.0)
-    states = torch.randn(1, length, width, generator=generator)
-    concept = Concept(name, states, (), (), (name,))
-    return SPMAdapter(factors=factors, concepts=[concept], threshold=0.0)
+    return SPMAdapter(factors, [concept], name=f"random-{seed}")
 
 
 def pipeline_rows(pairs: int) -> list[Bar]:
     """One prompt on the bundled model; two pipelines with the same weights, one of them erased."""
     base, erased = demo.load(), demo.load()
-    states = base.encode_prompt("a cat in noto style", "cpu", 1, False)[0]
+    concept = make_concept(
+        "cat", neutral="", tokenizers=[base.tokenizer], text_encoders=[base.text_encoder], family="sd"
+    )
     rows = []
     for count in (1, 10, 100):
-        adapters = [random_adapter(erased.unet, f"c{i}", i, *states.shape[1:]) for i in range(count)]
-        erase(erased, adapters, gate_threshold=-1.0, allow_mismatch=True)
+        erase(erased, [random_adapter(erased.unet, concept, seed) for seed in range(count)])
 
         def call(pipe: object) -> Callable[[], object]:
             pipe.set_progress_bar_config(disable=True)
@@ -101,6 +101,7 @@ def unet_rows(pairs: int) -> list[Bar]:
     generator = torch.Generator().manual_seed(1)
     sample, states = (torch.randn(s, generator=generator) for s in ((2, 4, 32, 32), (2, 77, 768)))
     step = torch.tensor(500)
+    concept = Concept("cat", states[:1], (1,), (1,))
 
     def forward() -> Tensor:
         result: Tensor = unet(sample, step, encoder_hidden_states=states).sample
@@ -108,9 +109,7 @@ def unet_rows(pairs: int) -> list[Bar]:
 
     rows = []
     for count, bar in ((1, 1.10), (10, 1.15)):
-        attachment = attach(
-            unet, [random_adapter(unet, f"c{i}", i, 77, 768) for i in range(count)], gate_threshold=-1.0
-        )
+        attachment = attach(unet, [random_adapter(unet, concept, seed) for seed in range(count)])
         gates = torch.rand(2, count, generator=generator) * 0.5 + 0.25
 
         def run(attachment: Attachment, gates: Tensor | float) -> Tensor:
