@@ -82,6 +82,30 @@ class TestTraining:
         one, two = (tmp_path / name / "erasure.safetensors" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
 
+    def test_the_preset_demo_knows_the_bundled_models_prompts(
+        self, cli: Callable[..., Any], base: Path, tmp_path: Path
+    ) -> None:
+        cli(
+            "train", "spm", "--pretrained_model_name_or_path", base, "--erase", "owl", "--preset", "demo",
+            "--output_dir", tmp_path / "owl", "--max_train_steps", 1, "--resolution", 16, "--max_denoising_steps", 5,
+        )  # fmt: skip
+        adapter = SPMAdapter.from_pretrained(tmp_path / "owl")
+        assert adapter.concepts == ["owl"]
+        assert adapter.threshold is not None
+        assert adapter.calibration is not None
+        assert adapter.calibration["n_benign"] == 1000
+        assert {"target": "an owl in neon style", "neutral": "neon style"}.items() <= next(
+            pair for pair in adapter.settings["prompts"] if pair["target"] == "an owl in neon style"
+        ).items()
+
+    @pytest.mark.parametrize("erase", [("unicorn",), ("owl", "cat")])
+    def test_the_preset_demo_refuses_what_it_does_not_know(
+        self, cli: Callable[..., Any], tmp_path: Path, erase: tuple[str, ...]
+    ) -> None:
+        words = [part for word in erase for part in ("--erase", word)]
+        result = cli("train", "spm", *words, "--preset", "demo", "--output_dir", tmp_path, code=1)
+        assert "--erase" in result.stderr
+
     def test_a_base_that_is_not_there(self, cli: Callable[..., Any], tmp_path: Path) -> None:
         result = cli(
             "train", "spm", "--pretrained_model_name_or_path", tmp_path / "absent", "--erase", "cat",
