@@ -16,7 +16,6 @@ from expunge.errors import InvalidInputError
 
 ANCHORS, BENIGN = 400, 1000  # prompts drawn from the tables for anchoring and for calibrating the threshold
 STYLE_SUFFIX = " style"
-PHRASING = "a {o} in {s} style"  # its text states, with every style or object, are what the gate compares with
 
 
 def training_fields(concept: str, neutral: str | None = None, *, seed: int = 0) -> dict[str, Any]:
@@ -41,14 +40,11 @@ def training_fields(concept: str, neutral: str | None = None, *, seed: int = 0) 
         _known("--neutral", other, styles)
         pairs = style_pairs(tables, name, other)
         neutral = other + STYLE_SUFFIX
-        phrasings = ["{} style", *(fill(PHRASING, thing, "{}") for thing in objects)]
     else:
         _known("--erase", concept, [*objects, *styles])
         if neutral is not None:
             _known("--neutral", neutral, objects)
         pairs = object_pairs(tables, concept, neutral)
-        spoken_of = [fill("a {o}", name), *(fill(PHRASING, name, style) for style in styles)]
-        phrasings = ["{}", *(text.replace(name, "{}") for text in spoken_of)]
     rng = random.Random(f"{seed}/{concept}")
     others = other_prompts(tables, name)
     spoken = [prompt for prompt in others if prompt]
@@ -56,7 +52,7 @@ def training_fields(concept: str, neutral: str | None = None, *, seed: int = 0) 
         "prompts": [{"target": target, "neutral": kept} for target, kept in pairs],
         "concepts": [concept],
         "neutral": neutral or "",
-        "phrasings": phrasings,
+        "phrasings": phrasings(tables, concept),
         "anchor_prompts": rng.sample(others, min(ANCHORS, len(others))),
         "benign_prompts": rng.sample(spoken, min(BENIGN, len(spoken))),
         "calibration_targets": [target for target, _ in pairs],
