@@ -26,7 +26,7 @@ from expunge.erase_ops.spm.config import SPMTrainingConfig
 from expunge.erase_ops.spm.objective import erasing_target, spm_loss
 from expunge.erase_ops.spm.states import StateSampler, TrainingState
 from expunge.erase_ops.spm.untrained import new_adapter, recorded_settings
-from expunge.erase_ops.training.borrowed import frozen, text_encoders_on_cpu
+from expunge.erase_ops.training.borrowed import deterministic, frozen, text_encoders_on_cpu
 from expunge.erase_ops.training.families import Conditioning, StableDiffusion, family_of
 from expunge.erase_ops.training.loop import Callback, TrainingLoop, make_accelerator
 from expunge.erase_ops.training.sampling import noise_grid
@@ -81,9 +81,10 @@ def train_spm(
     if accelerator.num_processes > 1:
         pipe.to(accelerator.device)  # each process on its own device
     adapter = new_adapter(family, config)
-    text = EncodedText.of(family, config)
+    text = EncodedText.of(family, config, progress=progress and accelerator.is_main_process)
     validation = Validation.of(family, config) if config.validation_steps else None
     with (
+        deterministic(family.device),
         frozen(family.denoiser, config.gradient_checkpointing),
         text_encoders_on_cpu(family, config.offload_text_encoders),
     ):
@@ -120,18 +121,20 @@ class EncodedText:
     anchors: Conditioning | None
 
     @classmethod
-    def of(cls, family: StableDiffusion, config: SPMTrainingConfig) -> EncodedText:
-        """Encodes the prompts of a config."""
-        pairs = config.prompts
-        negatives = family.encode_negative([pair.unconditional for pair in pairs])
-        use_prompts = config.anchor_source == "prompts" and config.needs_anchors
-        return cls(
-            targets=family.encode([pair.target for pair in pairs]),
-            neutrals=family.encode([pair.neutral for pair in pairs]),
-            positives=family.encode([pair.target if pair.positive is None else pair.positive for pair in pairs]),
-            negatives=negatives,
-            anchors=family.encode(config.anchor_prompts) if use_prompts else None,
-        )
+    def of(cls, family: StableDiffusion, config: SPMTrainingConfig, *, progress: bool = False) -> EncodedText:
+        """Encodes the prompts of a config, each once."""
+        targets = [pair.target for pair in config.prompts]
+        neutrals = [pair.neutral for pair in config.prompts]
+        positives = [pair.target if pair.positive is None else pair.positive for pair in config.prompts]
+        anchors = list(config.anchor_prompts) if config.anchor_source == "prompts" and config.needs_anchors else []
+        prompts = list(dict.fromkeys([*targets, *neutrals, *positives, *anchors]))
+        encoded, row = family.encode(prompts, progress=progress), {prompt: row for row, prompt in enumerate(prompts)}
+
+        def rows(texts: Sequence[str]) -> Conditioning:
+            return encoded.rows([row[text] for text in texts])
+
+        negatives = family.encode_negative([pair.unconditional for pair in config.prompts])
+        return cls(rows(targets), rows(neutrals), rows(positives), negatives, rows(anchors) if anchors else None)
 
 
 class SPMTraining:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from expunge.erase_ops.gates import encode_states
 from expunge.erase_ops.sites import unwrap
@@ -67,7 +68,7 @@ class StableDiffusion:
 
     def __init__(self, pipe: Any, *, clip_skip: int | None = None) -> None:
         self.pipe, self.clip_skip = pipe, clip_skip
-        self.denoiser: Any = unwrap(pipe.unet)  # the plain module, where torch.compile has wrapped it
+        self.denoiser = cast(Any, unwrap(pipe.unet))  # the plain module, where torch.compile has wrapped it
         channels, latent = self.denoiser.config.in_channels, pipe.vae.config.latent_channels
         if channels != latent:
             raise UnsupportedOperationError(
@@ -100,14 +101,15 @@ class StableDiffusion:
         return [self.pipe.tokenizer]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], *, progress: bool = False) -> Conditioning:
         """The conditioning of each prompt, float32 on the denoiser's device, as the pipeline's own call makes it.
 
         Equal prompts are encoded once.
         """
         unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         texts = list(unique)
-        parts = [self._encode(texts[start : start + _ENCODE_BATCH]) for start in range(0, len(texts), _ENCODE_BATCH)]
+        starts = tqdm(range(0, len(texts), _ENCODE_BATCH), desc="encoding prompts", leave=False, disable=not progress)
+        parts = [self._encode(texts[start : start + _ENCODE_BATCH]) for start in starts]
         return Conditioning.cat(parts).to(self.device).rows([unique[prompt] for prompt in prompts])
 
     def _encode(self, prompts: list[str]) -> Conditioning:

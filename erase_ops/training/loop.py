@@ -45,15 +45,19 @@ class Method(Protocol):
 
     def parameters(self) -> dict[str, Tensor]:
         """The trained tensors by name: float32 leaves that require gradients."""
+        ...
 
     def losses(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalars of one batch: "loss" is differentiated, the others are logged. Draws from `generator` alone."""
+        ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors besides the trained ones that the next call of `losses` depends on."""
+        ...
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state_dict` returned."""
+        ...
 
 
 def make_accelerator(config: TrainingConfig, device: torch.device) -> Accelerator:
@@ -129,7 +133,7 @@ class TrainingLoop:
                 metrics = self._step(step)
                 self.history.append({"step": step, **metrics})
                 bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
-                self._after_step(step, metrics)
+                self._after_step(step, metrics, bar)
         self._check_weights()
         self._write_log()
         return self.history
@@ -177,12 +181,14 @@ class TrainingLoop:
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def _after_step(self, step: int, metrics: dict[str, float]) -> None:
+    def _after_step(self, step: int, metrics: dict[str, float], bar: Any) -> None:
         config, last = self.config, step == self.config.max_train_steps
         if self.output_dir is not None and config.checkpointing_steps and step % config.checkpointing_steps == 0:
             self._save(step)
         if self.validate is not None and config.validation_steps and (last or step % config.validation_steps == 0):
+            bar.set_description("drawing the validation grid")
             self.validate(step)
+            bar.set_description("training")
         if self.callback is not None:
             self.callback(step, metrics)
 

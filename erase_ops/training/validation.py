@@ -29,6 +29,7 @@ class Forced(Protocol):
 
     def force(self, gates: float) -> AbstractContextManager[Any]:
         """Holds every gate at a value inside the `with` block."""
+        ...
 
 
 @dataclass(eq=False)
