@@ -3,7 +3,8 @@ with, and the concepts' states under `clip_skip` or under LoRAs in the encoders.
 
 The gate compares the text states that the denoiser receives with the states of the concepts. That comparison means
 something only while both come from the same encoders. A full fingerprint takes seconds for large encoders, so it is
-taken again only when the cheap `encoder_state` (the identity and version counter of every weight) has changed.
+taken again only when something cheap has changed: the identity and version counter of any weight, or its probe, one
+number out of it (fusing a LoRA writes into weights past their version counter).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class _Known:
     """What is known of one set of encoders in one state."""
 
     state: EncoderState
+    probes: Tensor  # [number of weights] float64
     fingerprint: str | None = None
     concept_states: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -80,20 +82,28 @@ class _Known:
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def encoder_state(text_encoders: Sequence[nn.Module], tokenizers: Sequence[Any]) -> EncoderState:
+def encoder_state(text_encoders: Sequence[nn.Module], tokenizers: Sequence[Any]) -> tuple[EncoderState, Tensor]:
     """Changes whenever something other than device or dtype of the encoders or tokenizers changes.
 
     Weights that accelerate offloads to the meta device count by their module alone: they cannot be written there.
+
+    Returns:
+        what has to be equal, and one number out of each weight, which may differ by rounding.
     """
     parts: list[Any] = [(id(tokenizer), len(tokenizer)) for tokenizer in tokenizers]
+    probes: dict[tuple[Any, ...], list[Tensor]] = {}
     for encoder in text_encoders:
         for module in encoder.modules():
             for weight in module._parameters.values():
                 if weight is not None:
                     parts.append((id(module), None) if weight.is_meta else (id(weight), _version(weight)))
+                    if type(weight.data) is Tensor and not weight.is_meta:
+                        probe = weight.detach().flatten()[weight.numel() // 3]
+                        probes.setdefault((probe.device, probe.dtype), []).append(probe)
             if _is_peft(module):
                 parts.append(_peft_state(module))
-    return tuple(parts)
+    values = [torch.stack(group).to("cpu", torch.float64) for group in probes.values()]  # one transfer, as a rule
+    return tuple(parts), torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
 
 
 def _version(tensor: Tensor) -> int:
@@ -114,10 +124,10 @@ def _peft_layers(text_encoders: Sequence[nn.Module]) -> Iterator[Any]:
 
 
 def _known(text_encoders: Sequence[nn.Module], tokenizers: Sequence[Any]) -> _Known:
-    state = encoder_state(text_encoders, tokenizers)
+    state, probes = encoder_state(text_encoders, tokenizers)
     known = _KNOWN.get(text_encoders[0])
-    if known is None or known.state != state:
-        _KNOWN[text_encoders[0]] = known = _Known(state)
+    if known is None or known.state != state or not torch.allclose(known.probes, probes, rtol=2**-8, atol=1e-7):
+        _KNOWN[text_encoders[0]] = known = _Known(state, probes)
     return known
 
 
