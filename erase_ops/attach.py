@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from expunge.erase_ops.carrier import Carrier, Group, check_carriable, make_carrier, move_host_hooks
+from expunge.erase_ops.carrier import Carrier, Group, Running, check_carriable, make_carrier, move_host_hooks
 from expunge.erase_ops.entry import Attachment, Settings
 from expunge.erase_ops.permeability import ConceptBank
 from expunge.erase_ops.sites import (
@@ -82,9 +82,12 @@ def attach(
     bank = _concept_bank(plain, adapters, settings)
     if combine == "official":
         _check_ranks(adapters)
-    group = Group()
-    carriers = [fill_carrier(make_carrier(layer, group, path), adapters, settings) for path, layer in layers.items()]
-    attachment = Attachment(plain, adapters, settings, bank, group, carriers, layers)
+    group, running = Group(), Running()
+    carriers = [
+        fill_carrier(make_carrier(layer, group, running, index, path), adapters, settings)
+        for index, (path, layer) in enumerate(layers.items())
+    ]
+    attachment = Attachment(plain, adapters, settings, bank, group, running, carriers, layers)
     if previous is not None:
         detach(denoiser)
     for carrier in carriers:

@@ -10,7 +10,7 @@ lose the erasure silently.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -39,16 +39,28 @@ IDLE = Work(None, None)
 
 
 class Slot(threading.local):
-    """Where a carrier finds its work. Each thread has its own, so that two threads may share a denoiser.
+    """Where compiled code finds a carrier's work: torch.compile would compile a repeated block anew for each index."""
 
-    One slot a carrier, and no index into a common list: torch.compile would compile each repeated block anew for its
-    index. (A ContextVar it cannot read at all.) A copied or unpickled slot is empty.
-    """
-
-    work: Work | None = None
+    work: Any = None  # a Work whenever `Running.work` is set
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()
+
+
+class Running(threading.local):
+    """What the carriers of one attachment do at present, by index; None outside a denoiser call.
+
+    Each thread has its own, so that two threads may share a denoiser; a copied or unpickled one is empty. (A ContextVar
+    would do as well, but torch.compile cannot read it.)
+    """
+
+    work: Sequence[Work] | None = None
+    loaded: Sequence[Work] | None = None  # what the slots hold
+    route: Any = None  # the entry's own: where the work comes from, and for which text states
+    states: Any = None
+
+    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
+        return Running, ()
 
 
 class Group:
@@ -60,7 +72,9 @@ class Carrier(nn.Module):
 
     Attributes:
         group: the attachment that it belongs to.
-        slot: where it finds its work.
+        running: the work of all carriers of the attachment.
+        index: the place of its own there.
+        slot: the same work, for compiled code.
         path: its plain module path.
         owners: the SPM of each factor column.
         mix_rank: the rank of each SPM here under combine="official", else None; see `gated_lowrank`.
@@ -68,6 +82,8 @@ class Carrier(nn.Module):
     """
 
     group: Group
+    running: Running
+    index: int
     slot: Slot
     path: str
     owners: tuple[int, ...]
@@ -109,16 +125,13 @@ class Carrier(nn.Module):
                 self._buffers[name] = factor.to(device)
         return self
 
-    def _work(self) -> Work:
-        work = self.slot.work
-        if work is None:
-            raise ErasureLostError(
-                self.path,
-                expected="gates, set at the entry of the denoiser that this layer was attached to",
-                found="a call that did not come through that entry",
-                fix="Call the denoiser itself, not its parts; after moving modules into another model, erase that one.",
-            )
-        return work
+    def _lost(self) -> ErasureLostError:
+        return ErasureLostError(
+            self.path,
+            expected="gates, set at the entry of the denoiser that this layer was attached to",
+            found="a call that did not come through that entry",
+            fix="Call the denoiser itself, not its parts; after moving modules into another model, erase that one.",
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, erasure_columns={len(self.owners)}"
@@ -129,7 +142,10 @@ class ErasedLinear(Carrier, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, *, in]` to `[B, *, out]`; raises ErasureLostError if no gate was set."""
-        merged, lowrank = self._work()
+        running = self.running.work
+        if running is None:
+            raise self._lost()
+        merged, lowrank = self.slot.work if torch.compiler.is_compiling() else running[self.index]
         if merged is not None:
             return F.linear(input, merged, self.bias)
         out = F.linear(input, self.weight, self.bias)
@@ -141,7 +157,10 @@ class ErasedConv2d(Carrier, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in, H, W]` to `[B, out, H', W']`; raises ErasureLostError if no gate was set."""
-        merged, lowrank = self._work()
+        running = self.running.work
+        if running is None:
+            raise self._lost()
+        merged, lowrank = self.slot.work if torch.compiler.is_compiling() else running[self.index]
         if merged is not None:
             return self._conv_forward(input, merged, self.bias)
         out = self._conv_forward(input, self.weight, self.bias)
@@ -191,7 +210,7 @@ def check_carriable(path: str, layer: nn.Module) -> None:
         )
 
 
-def make_carrier(layer: nn.Module, group: Group, path: str) -> Carrier:
+def make_carrier(layer: nn.Module, group: Group, running: Running, index: int, path: str) -> Carrier:
     """A carrier with a layer's parameters and hook tables and no factors yet; the layer is not changed."""
     kind = CARRIERS[type(layer)]
     carrier = kind.__new__(kind)
@@ -200,7 +219,8 @@ def make_carrier(layer: nn.Module, group: Group, path: str) -> Carrier:
             carrier.__dict__[name] = value  # _parameters and the hook tables are shared, not copied
     carrier.__dict__["_buffers"] = dict(layer._buffers)
     carrier.__dict__["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
-    carrier.group, carrier.slot, carrier.path = group, Slot(), path
+    carrier.group, carrier.running, carrier.index, carrier.path = group, running, index, path
+    carrier.slot = Slot()
     carrier.owners, carrier.mix_rank, carrier.scales = (), None, ()
     return carrier
 

@@ -7,7 +7,6 @@ the thread's route; after the call, or an exception in it, it clears the route.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from expunge.erase_ops.carrier import Carrier, Group, Slot
+from expunge.erase_ops.carrier import Carrier, Group, Running
 from expunge.erase_ops.merge import Mode, Route, plan
 from expunge.erase_ops.permeability import CallInfo, ConceptBank, GateRecord, decide
 from expunge.erase_ops.sites import (
@@ -113,6 +112,7 @@ class Attachment:
         settings: Settings,
         bank: ConceptBank,
         group: Group,
+        running: Running,
         carriers: Sequence[Carrier],
         originals: Mapping[str, nn.Module],
     ) -> None:
@@ -130,8 +130,7 @@ class Attachment:
         self._states_at = (table.states, table.states_position)
         self._attention = attention_paths(denoiser, self.originals)
         self._hooks: list[Any] = []
-        self._slots: list[Slot] = [carrier.slot for carrier in self.carriers]
-        self._running = Running()
+        self._running = running
 
     @property
     def thresholds(self) -> Tensor:
@@ -271,6 +270,8 @@ class Attachment:
     def _after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         route, states = self._running.route, self._running.states
         self._set(None)
+        if self._open_call() is None:
+            self._release()
         if output is None or route is None:
             return  # on the way out of an exception
         if self._states(args, kwargs) is not states:
@@ -282,13 +283,21 @@ class Attachment:
 
     def _set(self, route: Route | None, states: Any = None) -> None:
         """Hands every carrier its work in this thread, or takes it away."""
-        self._running.route, self._running.states = route, states
-        if route is None:
-            for slot in self._slots:
-                slot.work = None
-        else:
-            for slot, work in zip(self._slots, route.work, strict=True):
-                slot.work = work
+        running = self._running
+        running.route, running.states = route, states
+        running.work = None if route is None else route.work
+        if route is not None and running.loaded is not route.work:
+            for carrier, work in zip(self.carriers, route.work, strict=True):
+                carrier.slot.work = work
+            running.loaded = route.work
+
+    def _release(self) -> None:
+        """Lets go of this thread's work, merged weights with it."""
+        self._set(None)
+        if self._running.loaded is not None:
+            for carrier in self.carriers:
+                carrier.slot.work = None
+            self._running.loaded = None
 
     # Routes
 
@@ -337,16 +346,6 @@ class Attachment:
         return plan(self.carriers, gates[:1] if uniform else gates, active, merge=merge and uniform, dtype=dtype)
 
 
-class Running(threading.local):
-    """The denoiser call that runs in this thread. A copied or unpickled one is empty."""
-
-    route: Route | None = None
-    states: Any = None
-
-    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
-        return Running, ()
-
-
 class _Resume:
     """Tensor hook: restores the work of a denoiser call for the part of backward that runs its layers again."""
 
@@ -358,7 +357,7 @@ class _Resume:
         torch.autograd.Variable._execution_engine.queue_callback(self.clear)
 
     def clear(self) -> None:
-        self.attachment._set(None)
+        self.attachment._release()
 
 
 @contextmanager
@@ -368,7 +367,7 @@ def _opened(state: CallState | Force) -> Iterator[None]:
         yield
     finally:
         _OPEN.reset(token)
-        state.owner._set(None)  # an interrupt skips the denoiser's forward hook
+        state.owner._release()  # an interrupt skips the denoiser's forward hook
 
 
 def _version(tensor: Any) -> int:

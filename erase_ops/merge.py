@@ -38,13 +38,14 @@ def merged_weight(weight: Tensor, down: Tensor, up: Tensor, gate: Tensor, mix_ra
     Returns:
         a new tensor of the weight's shape and dtype.
     """
-    base = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)  # [out, in*kh*kw]
-    down, up = down.flatten(1), up * gate
+    base, down, up = weight.flatten(1), down.flatten(1), up * gate  # [out, in*kh*kw], [R, in*kh*kw], [out, R]
     if mix_rank is not None:
         down = (down * gate[:, None]).unflatten(0, (-1, mix_rank)).sum(0)  # [N*r, in] -> [r, in]
         up = up.unflatten(1, (-1, mix_rank)).sum(1)  # [out, N*r] -> [out, r]
-    merged = torch.addmm(base, up.to(base.dtype), down.to(base.dtype))
-    return merged.view(weight.shape).to(weight.dtype)
+    if base.dtype == torch.float32:
+        return torch.addmm(base, up, down).view(weight.shape)
+    exact = torch.promote_types(base.dtype, torch.float32)
+    return torch.addmm(base.to(exact), up.to(exact), down.to(exact)).view(weight.shape).to(weight.dtype)
 
 
 def is_mergeable(carrier: Carrier, device: torch.device) -> bool:

@@ -65,12 +65,18 @@ SITES: Mapping[str, SiteTable] = MappingProxyType(
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module itself, below torch.compile's wrapper and PEFT's layers."""
+    while (below := _wrapped(module)) is not None:
+        module = below
+    return module
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a wrapper stands for, or None if it is none. Written out: the check of a call asks it a thousand times."""
     children = module._modules
-    while True:
-        below = next((child for name in WRAPPERS if (child := children.get(name)) is not None), None)
-        if below is None:
-            return module
-        module, children = below, below._modules
+    if not children:
+        return None
+    below = children.get("_orig_mod")
+    return children.get("base_layer") if below is None else below
 
 
 def site_table(denoiser: nn.Module) -> SiteTable:
@@ -169,7 +175,7 @@ def layers_at(denoiser: nn.Module, path: str) -> list[nn.Module]:
     layers = []
     while child is not None:
         layers.append(child)
-        child = next((below for key in WRAPPERS if (below := layers[-1]._modules.get(key)) is not None), None)
+        child = _wrapped(child)
     return layers
 
 

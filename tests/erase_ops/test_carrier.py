@@ -18,6 +18,7 @@ from expunge.erase_ops.carrier import (
     ErasedConv2d,
     ErasedLinear,
     Group,
+    Running,
     check_carriable,
     make_carrier,
 )
@@ -48,7 +49,7 @@ def factors_for(layer: Any, rank: int, alpha: float = 1.0) -> Factors:
 
 def carry(layer: nn.Module, *factors: Factors, multiplier: float = 1.0, **settings: Any) -> Carrier:
     adapters = [SPMAdapter({"layer": one}, [Concept("cat")]) for one in factors]
-    carrier = make_carrier(layer, Group(), "layer")
+    carrier = make_carrier(layer, Group(), Running(), 0, "layer")
     return fill_carrier(carrier, adapters, Settings(multiplier=(multiplier,) * len(factors), **settings))
 
 
@@ -74,19 +75,23 @@ def test_every_layer_in_every_way(name: str) -> None:
     factors = (factors_for(layer, 2, alpha=0.5), factors_for(layer, 1))
     carrier = carry(layer, *factors, multiplier=1.5)
     gates = torch.rand(3, 2)
-    carrier.slot.work = plan([carrier], gates, [0, 1], merge=False, dtype=torch.float32).work[0]
+    carrier.running.work = plan([carrier], gates, [0, 1], merge=False, dtype=torch.float32).work
     torch.testing.assert_close(carrier(x), expected(layer, x, factors, gates, 1.5), atol=1e-5, rtol=1e-5)
-    carrier.slot.work = plan([carrier], gates[:1], [0, 1], merge=True, dtype=torch.float32).work[0]
-    assert (carrier.slot.work.weight is None) is (name == "grouped"), "only a grouped convolution cannot be merged"
+    carrier.running.work = plan([carrier], gates[:1], [0, 1], merge=True, dtype=torch.float32).work
+    assert (carrier.running.work[0].weight is None) is (name == "grouped"), (
+        "only a grouped convolution cannot be merged"
+    )
     torch.testing.assert_close(
         carrier(x), expected(layer, x, factors, gates[:1].expand(3, 2), 1.5), atol=1e-5, rtol=1e-5
     )
-    carrier.slot.work = plan([carrier], torch.tensor([[0.0, 0.3]]), [1], merge=False, dtype=torch.float32).work[0]
-    assert carrier.slot.work.lowrank is not None and len(carrier.slot.work.lowrank[0]) == 1, "SPM 0 was dropped"
+    carrier.running.work = plan([carrier], torch.tensor([[0.0, 0.3]]), [1], merge=False, dtype=torch.float32).work
+    assert carrier.running.work[0].lowrank is not None and len(carrier.running.work[0].lowrank[0]) == 1, (
+        "SPM 0 was dropped"
+    )
     torch.testing.assert_close(
         carrier(x), expected(layer, x, factors, torch.tensor([[0.0, 0.3]]).expand(3, 2), 1.5), atol=1e-5, rtol=1e-5
     )
-    carrier.slot.work = IDLE
+    carrier.running.work = [IDLE]
     assert torch.equal(carrier(x), layer(x))
 
 
@@ -99,7 +104,7 @@ def test_official_sums_factors(rank: int) -> None:
     g, h = 0.25, 0.5
     delta = (g * a.up + h * b.up) @ (g * a.down + h * b.down)
     for merge in (False, True):
-        carrier.slot.work = plan([carrier], torch.tensor([[g, h]]), [0, 1], merge=merge, dtype=torch.float32).work[0]
+        carrier.running.work = plan([carrier], torch.tensor([[g, h]]), [0, 1], merge=merge, dtype=torch.float32).work
         torch.testing.assert_close(carrier(x), layer(x) + x @ delta.T, atol=1e-5, rtol=1e-5)
 
 
@@ -111,7 +116,7 @@ def test_no_work_no_output() -> None:
 
 def test_work_belongs_to_a_thread() -> None:
     carrier = carry(nn.Linear(3, 2), factors_for(nn.Linear(3, 2), 1))
-    carrier.slot.work = IDLE
+    carrier.running.work = [IDLE]
     raised: list[Exception] = []
 
     def run() -> None:
@@ -133,7 +138,7 @@ def test_parameters_and_hooks_are_the_layers_own() -> None:
     layer = nn.Linear(3, 2)
     handle = layer.register_forward_hook(lambda module, args, output: output * 0)
     carrier = carry(layer, factors_for(layer, 1))
-    carrier.slot.work = IDLE
+    carrier.running.work = [IDLE]
     assert carrier.weight is layer.weight and carrier.bias is layer.bias
     assert not carrier(torch.randn(1, 3)).any()
     handle.remove()
@@ -178,7 +183,7 @@ def test_trainable_factors_are_the_very_tensors() -> None:
     assert carrier.get_buffer("erasure_up_0") is factors.up
     x = torch.randn(2, 3, 5, 5, requires_grad=True)
     gates = torch.tensor([[0.5], [0.0]], requires_grad=True)
-    carrier.slot.work = plan([carrier], gates, None, merge=False, dtype=torch.float32).work[0]
+    carrier.running.work = plan([carrier], gates, None, merge=False, dtype=torch.float32).work
     carrier(x).square().sum().backward()
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in (factors.down, factors.up, gates, x))
     weight = copy.deepcopy(layer)

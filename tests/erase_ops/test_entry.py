@@ -190,7 +190,7 @@ def test_an_exception_leaves_nothing_behind(
 ) -> None:
     with pytest.raises(RuntimeError):
         unet(torch.randn(1, 3, 16, 16), 500, prompts[[CAT]])
-    assert all(carrier.slot.work is None for carrier in attachment.carriers)
+    assert all(carrier.slot.work is carrier.running.work is None for carrier in attachment.carriers)
     with pytest.raises(NonFiniteError):
         unet(torch.randn(1, 4, 16, 16), 500, prompts[[CAT]] * float("nan"))
     with pytest.raises(ErasureLostError):
@@ -208,7 +208,7 @@ def test_an_interrupt_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt), attachment.call(CallInfo(1)):
         predict(unet, prompts[[CAT]])
     handle.remove()
-    assert all(carrier.slot.work is None for carrier in attachment.carriers)
+    assert all(carrier.slot.work is carrier.running.work is None for carrier in attachment.carriers)
 
 
 def test_a_later_pre_hook_that_swaps_the_states_is_caught_then_followed(
@@ -305,7 +305,7 @@ def test_gradients_reach_factors_gates_and_input(
         with attachment.force(0.0), torch.no_grad():
             unet(sample, 500, prompts[:2])  # a teacher's call between forward and backward
         loss.backward()
-        assert all(carrier.slot.work is None for carrier in attachment.carriers)
+        assert all(carrier.slot.work is carrier.running.work is None for carrier in attachment.carriers)
         detach(unet)
         return [leaf.grad for leaf in (*leaves, gates, sample)]  # type: ignore[misc]
 
