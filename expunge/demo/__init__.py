@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from expunge.demo.classifier import PictureClassifier
+    from expunge.demo.picture_classifier import PictureClassifier
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -34,7 +34,7 @@ def load(**kwargs: Any) -> StableDiffusionPipeline:
 
 def classifier() -> PictureClassifier:
     """The object and style classifier that every figure on the demo model is read with."""
-    from expunge.demo.classifier import PictureClassifier
+    from expunge.demo.picture_classifier import PictureClassifier
 
     return PictureClassifier.from_pretrained(_FOLDER / "classifier")
 

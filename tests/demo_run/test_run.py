@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from expunge import SPMAdapter, demo
-from expunge.demo.classifier import PictureClassifier
+from expunge.demo.picture_classifier import PictureClassifier
 from expunge.demo_run.run import run_demo
 from expunge.errors import InvalidInputError
 

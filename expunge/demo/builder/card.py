@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from expunge.demo.builder.captions import vocabulary
 from expunge.demo.builder.concepts import OBJECTS, STYLES, captions_record
 from expunge.demo.builder.icons import ICON_SETS
 
@@ -103,7 +104,6 @@ def write(output: Path, scores: dict[str, Any]) -> None:
     )
     objects, styles = scores["model"]["per object"], scores["model"]["per style"]
     worst_object, worst_style = min(objects, key=objects.get), min(styles, key=styles.get)
-    vocabulary = json.loads((model / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     card = CARD.format(
         size=sum(f.stat().st_size for f in model.rglob("*") if f.is_file()) / 1e6,
         objects=len(OBJECTS),
@@ -122,7 +122,7 @@ def write(output: Path, scores: dict[str, Any]) -> None:
         psnr=scores["vae"],
         classifier="; ".join(f"{k}: {v['object']:.2%} / {v['style']:.2%}" for k, v in scores["classifier"].items()),
         cosines="; ".join(f"{k} {v}" for k, v in scores["model"]["text states"].items()),
-        words=sum(unit.endswith("</w>") and len(unit) > 5 for unit in vocabulary),
+        words=len(vocabulary()),
     )
     rows = "\n".join(f"{s.attribution}\n  {s.licence}, {s.source}\n" for s in ICON_SETS.values())
     (model / "README.md").write_text(card, encoding="utf-8")

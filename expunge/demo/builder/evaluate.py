@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from expunge.demo.builder import text
 from expunge.demo.builder.concepts import OBJECTS, STYLES
-from expunge.demo.classifier import PictureClassifier
+from expunge.demo.picture_classifier import PictureClassifier
 from expunge.demo.scoring import generate
 
 SEEDS_PER_PAIR, FIRST_SEED = 4, 90_000

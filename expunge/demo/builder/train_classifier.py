@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from expunge.demo.builder.concepts import OBJECTS, STYLES
 from expunge.demo.builder.vae import pictures
-from expunge.demo.classifier import PictureClassifier
+from expunge.demo.picture_classifier import PictureClassifier
 
 STEPS, BATCH, LEARNING_RATE = 2600, 96, 2e-3
 
