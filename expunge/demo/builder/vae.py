@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from expunge.demo.builder import dataset
+from expunge.demo.builder.styles import IMAGE_SIZE
 
 STEPS, BATCH, LEARNING_RATE = 3600, 24, 2e-3
 LATENT_CHANNELS = 8
@@ -32,7 +33,7 @@ def new_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=4,
-        sample_size=dataset.IMAGE_SIZE,
+        sample_size=IMAGE_SIZE,
         scaling_factor=1.0,
     )
 
