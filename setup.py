@@ -3,7 +3,8 @@
 from setuptools import find_packages, setup
 
 FOLDERS = ("kernels", "erase_ops", "pipelines")
-DATA = ("py.typed", *(f"**/*.{ending}" for ending in ("json", "safetensors", "txt", "yaml", "j2", "md")), "**/LICENSE*", "**/NOTICE*")
+ENDINGS = ("json", "safetensors", "txt", "yaml", "j2", "md")
+DATA = ("py.typed", *(f"**/*.{ending}" for ending in ENDINGS), "**/LICENSE*", "**/NOTICE*")
 
 
 def tree(folder: str, package: str) -> list[str]:
