@@ -109,7 +109,7 @@ def chunked_feed_forward(pipe: Pipe, dim: int = 1) -> None:
 
 
 def sequential_offload(pipe: Pipe) -> None:
-    """What enable_sequential_cpu_offload does, for the CPU: that method writes "cpu:0", which accelerate takes amiss."""
+    """What enable_sequential_cpu_offload does; the method itself says "cpu:0", of which accelerate makes a mess."""
     for model in (pipe.text_encoder, pipe.unet, pipe.vae):
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
