@@ -94,7 +94,7 @@ def attach(
         parent, name = holder(plain, carrier.path)
         parent._modules[name] = carrier
         move_host_hooks(layers[carrier.path], carrier)
-    attachment.install(plain)
+    attachment.install(denoiser)
     return attachment
 
 

@@ -58,6 +58,7 @@ class Running(threading.local):
     loaded: Sequence[Work] | None = None  # what the slots hold
     route: Any = None  # the entry's own: where the work comes from, and for which text states
     states: Any = None
+    outside: bool = False  # whether the entry was passed outside of compiled code
 
     def __reduce__(self) -> tuple[type[Running], tuple[()]]:
         return Running, ()

@@ -159,6 +159,7 @@ class Attachment:
         hooks = unwrap(denoiser)
         if not (_is_hooked(hooks._forward_pre_hooks, self) and _is_hooked(hooks._forward_hooks, self)):
             raise _lost("the gate's hooks on the denoiser", f"{type(hooks).__name__} without them")
+        self.install(denoiser)  # compiled since it was erased: the wrapper has none yet
         layers = {carrier.path: layers_at(denoiser, carrier.path) for carrier in self.carriers}
         lost = [path for path, found in layers.items() if not found or not self._is_mine(found[-1])]
         if lost:
@@ -231,11 +232,17 @@ class Attachment:
     # Hooks of the denoiser
 
     def install(self, denoiser: nn.Module) -> None:
-        """Registers the hooks on the plain module."""
-        self._hooks = [
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        """Registers the hooks, where they are not there yet: on the plain module, and on torch.compile's around it.
+
+        Those of the wrapper run outside of compiled code, which so compiles as one graph; the plain module's then have
+        nothing to do.
+        """
+        for module in {id(module): module for module in (unwrap(denoiser), denoiser)}.values():
+            if not _is_hooked(module._forward_pre_hooks, self):
+                self._hooks += [
+                    module.register_forward_pre_hook(self._before, with_kwargs=True),
+                    module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                ]
 
     def uninstall(self) -> None:
         """Removes the hooks again."""
@@ -248,9 +255,22 @@ class Attachment:
         name, position = self._states_at
         return kwargs[name] if name in kwargs else args[position] if len(args) > position else None
 
-    @torch.compiler.disable
     def _before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() and self._running.work is not None:
+            return
+        self._enter(denoiser, args, kwargs)
+
+    def _after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling() and self._running.outside:
+            return
+        self._leave(args, kwargs, output)
+
+    @torch.compiler.disable
+    def _enter(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._set(None)
+        plain = unwrap(denoiser)
+        if denoiser is not plain and len(plain._forward_pre_hooks) > 1:
+            return  # a pre-hook of the plain module may change the states: its own entry comes after it
         states = self._states(args, kwargs)
         call = self._open_call()
         if not isinstance(call, CallState) or call._checked is not denoiser:
@@ -265,9 +285,10 @@ class Attachment:
             gates, self.last = decide(self.bank, states, None)
             route = self._plan(gates, self.last.gates, states.dtype, merge=False)
         self._set(route, states)
+        self._running.outside = denoiser is not plain
 
     @torch.compiler.disable
-    def _after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         route, states = self._running.route, self._running.states
         self._set(None)
         if self._open_call() is None:
@@ -285,7 +306,7 @@ class Attachment:
         """Hands every carrier its work in this thread, or takes it away."""
         running = self._running
         running.route, running.states = route, states
-        running.work = None if route is None else route.work
+        running.work, running.outside = None if route is None else route.work, False
         if route is not None and running.loaded is not route.work:
             for carrier, work in zip(self.carriers, route.work, strict=True):
                 carrier.slot.work = work

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from expunge.erase_ops import entry
+from expunge.erase_ops import entry, merge
 from expunge.erase_ops.attach import Attachment, attach, detach
 from expunge.erase_ops.entry import CallInfo
 from expunge.erase_ops.merge import Mode, Route
@@ -173,6 +173,24 @@ def test_only_one_merged_copy_is_kept(unet: UNet2DConditionModel, attachment: At
         for index in (CAT, DOG, CAT):
             predict(unet, prompts[[index]])
             assert sum(route.mode is Mode.MERGED for route in call._routes.values()) == 1
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_weights_that_are_offloaded_are_merged_once_they_have_arrived(
+    unet: UNet2DConditionModel,
+    attachment: Attachment,
+    prompts: Tensor,
+    routes: list[Route],
+    monkeypatch: pytest.MonkeyPatch,
+    arrives: bool,
+) -> None:
+    # Model offloading brings the weights in during the first denoiser call; sequential offloading never keeps them.
+    monkeypatch.setattr(merge, "is_mergeable", lambda carrier, device: arrives and len(routes) > 0)
+    with attachment.call(CallInfo(1)):
+        steps = [predict(unet, prompts[[CAT]]) for _ in range(4)]
+    assert [all(work.weight is None for work in route.work) for route in routes] == [True, not arrives]
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0], atol=1e-5, rtol=1e-5)
 
 
 def test_states_by_position_and_by_keyword(unet: UNet2DConditionModel, attachment: Attachment, prompts: Tensor) -> None:

@@ -420,3 +420,47 @@ def test_compiled_calls_do_not_recompile_for_each_prompt(
         predict(compiled, (*inputs[:2], torch.rand(2, 7, 32) + adapter.concept_list[0].states))
         counts.append(counter.frame_count)
     assert counts[-1] == counts[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["compile first", "erase first"])
+def test_compiled_as_one_graph(
+    order: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    oracle, base = bake(unet, adapter), predict(unet, inputs)
+    if order == "compile first":
+        compiled: Any = torch.compile(unet, backend=counter, fullgraph=True)
+        assert torch.equal(predict(compiled, inputs), base)
+        attachment = attach(compiled, [adapter], gate=1.0)
+    else:
+        attachment = attach(unet, [adapter], gate=1.0)
+        compiled = torch.compile(unet, backend=counter, fullgraph=True)
+        attachment.check(compiled)  # as a pipeline does before each call: the gate moves outside of the graph
+    assert_kept(compiled, oracle, inputs)
+    graphs = counter.frame_count
+    assert_kept(compiled, oracle, inputs)
+    assert counter.frame_count == graphs
+    with pytest.raises(RuntimeError):
+        compiled(inputs[0][:, :3], *inputs[1:])
+    assert all(carrier.slot.work is carrier.running.work is None for carrier in attachment.carriers)
+    detach(compiled)
+    assert torch.equal(predict(compiled, inputs), base)
+
+
+@pytest.mark.slow
+def test_a_pre_hook_inside_compiled_code_is_followed(
+    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+) -> None:
+    states = adapter.concept_list[0].states
+    assert states is not None
+    cat = states.expand(2, -1, -1)
+    oracle = predict(bake(unet, adapter), (*inputs[:2], cat))
+    compiled: Any = torch.compile(unet, backend="eager")
+    attachment = attach(compiled, [adapter], gate_threshold=0.5)
+    unet.register_forward_pre_hook(lambda module, args: (*args[:2], cat))
+    attachment.check(compiled)
+    torch.testing.assert_close(predict(compiled, (*inputs[:2], -cat)), oracle, atol=1e-5, rtol=1e-5)
+    assert attachment.last is not None and attachment.last.gates.tolist() == [[pytest.approx(1.0)]] * 2
