@@ -29,18 +29,20 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 
 from expunge import ErasedPipeline, erase, restore
+from expunge.erase_ops.sites import find_sites
 
 Pipe = Any
 
 
-def lora(pipe: Pipe, name: str = "style", seed: int = 5, **kwargs: Any) -> Pipe:
-    """Loads a LoRA on the cross-attention, as load_lora_weights does, without a file."""
-    layers = ["to_q", "to_k", "to_v", "to_out.0"]
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, **kwargs), adapter_name=name)
+def lora(pipe: Pipe, name: str = "style", seed: int = 5) -> Pipe:
+    """Loads a LoRA on the attention, as users do but for the file."""
     generator = torch.Generator().manual_seed(seed)
-    for key, weight in pipe.unet.named_parameters():
-        if f".{name}." in key:
-            weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    state = {}
+    for path, layer in find_sites(pipe.unet, "attention").items():
+        rows, columns = layer.get_parameter("weight").shape
+        state[f"unet.{path}.lora_A.weight"] = 0.2 * torch.randn(2, columns, generator=generator)
+        state[f"unet.{path}.lora_B.weight"] = 0.2 * torch.randn(rows, 2, generator=generator)
+    pipe.load_lora_weights(state, adapter_name=name)
     return pipe
 
 
@@ -197,12 +199,16 @@ OPERATIONS: dict[str, Callable[[Pipe], Any]] = {
     "sequential offload, removed": then(sequential_offload, call("remove_all_hooks"), call("to", "cpu")),
     "model offload": call("enable_model_cpu_offload", device="cpu"),
     "model offload, removed": then(call("enable_model_cpu_offload", device="cpu"), call("remove_all_hooks")),
-    "lora under model offload": then(call("enable_model_cpu_offload", device="cpu"), lora),
+    "a PEFT adapter under model offload": then(
+        call("enable_model_cpu_offload", device="cpu"),
+        call("unet.add_adapter", LoraConfig(r=2, target_modules=["to_k"], init_lora_weights="gaussian")),
+    ),
     "strict reload of the base's weights": reloaded_weights,
     "weights of another model": other_weights,
     "feed-forward in chunks of tokens": chunked_feed_forward,
     "a ControlNet pipeline on the unet": controlnet,
     "a call that is interrupted": failing_call,
+    "a textual inversion": call("load_textual_inversion", {"<thing>": torch.ones(32)}, token="<thing>"),
     "scheduler and lora": then(scheduler(EulerDiscreteScheduler), lora),
 }
 
@@ -258,3 +264,58 @@ def test_operate_then_erase_then_restore(
     assert_same(draw(pipe), draw(baked), tolerance)
     assert (draw(pipe) - before).abs().max() > 0.05
     assert torch.equal(draw(restore(pipe)), before)
+
+
+def ip_adapter(pipe: Pipe) -> None:
+    """Loads an IP-Adapter with random weights."""
+    generator = torch.Generator().manual_seed(8)
+    width, tokens = 32, 4
+    layers: dict[str, torch.Tensor] = {}
+    for index, path in enumerate(path for path in pipe.unet.attn_processors if "attn2" in path):
+        inner = pipe.unet.get_submodule(path.removesuffix(".processor")).inner_dim
+        for name in ("to_k_ip", "to_v_ip"):
+            layers[f"{2 * index + 1}.{name}.weight"] = torch.randn(inner, width, generator=generator)
+    projection = {
+        "proj.weight": torch.randn(tokens * width, 16, generator=generator),
+        "proj.bias": torch.zeros(tokens * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
+
+
+@pytest.mark.parametrize("first", ["erase", "IP-Adapter"])
+def test_an_ip_adapter_is_gated_by_the_text_alone(
+    first: str, world: Any, tiny_sd: Callable[..., Pipe], bake: Callable[..., Pipe], draw: Callable[..., Any]
+) -> None:
+    pipe, plain, baked = tiny_sd(), tiny_sd(), bake(tiny_sd(), world)
+    if first == "erase":
+        erase(pipe, world)
+    for one in (pipe, plain, baked):
+        ip_adapter(one)
+    if first == "IP-Adapter":
+        erase(pipe, world)
+    image = {"ip_adapter_image_embeds": [torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))]}
+    assert_same(draw(pipe, "a cat", **image), draw(baked, "a cat", **image))
+    assert torch.equal(draw(pipe, "a dog", **image), draw(plain, "a dog", **image))
+    assert not torch.equal(draw(plain, "a dog", **image), draw(tiny_sd(), "a dog"))  # the image does count
+
+
+@pytest.mark.parametrize("first", ["erase", "cast"])
+def test_layerwise_casting(first: str, world: Any, tiny_sd: Callable[..., Pipe], draw: Callable[..., Any]) -> None:
+    """Base weights stored in float8 are cast in each forward; the erasure keeps its float32 factors."""
+
+    def cast(pipe: Pipe) -> None:
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+    pipe, plain, reference = tiny_sd(), tiny_sd(), draw(erase(tiny_sd(), world))
+    if first == "erase":
+        erase(pipe, world)
+    cast(pipe)
+    cast(plain)
+    if first == "cast":
+        erase(pipe, world)
+    change = (reference - draw(tiny_sd())).abs().max()
+    assert (draw(pipe) - reference).abs().max() < 0.5 * change
+    assert (draw(pipe) - draw(plain)).abs().max() > 0.5 * change
+    assert torch.equal(draw(pipe, "a dog"), draw(plain, "a dog"))
