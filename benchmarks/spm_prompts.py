@@ -68,7 +68,7 @@ def phrasings(name: str, count: int, first_seed: int) -> dict[str, list[Item]]:
     return {
         "unseen templates": plain,
         "upper case": changed(str.upper),
-        "punctuation": changed(lambda p: p.replace(name, f'"{name}"!').replace(" in ", ", in ") + "..."),
+        "punctuation": changed(lambda p: p.replace(name, f'"{name}"!') + "."),
         "zero-width character": changed(lambda p: p.replace(name, f"\u200b{name}\u200b")),
     }
 
