@@ -24,6 +24,7 @@ A real text-to-image latent diffusion model, small enough to travel with a packa
 
 ```python
 from diffusers import StableDiffusionPipeline
+
 pipe = StableDiffusionPipeline.from_pretrained("{folder}")
 image = pipe("a cat in neon style", num_inference_steps=20, guidance_scale=3.0).images[0]
 ```
