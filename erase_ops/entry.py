@@ -150,7 +150,7 @@ class Attachment:
         return isinstance(layer, Carrier) and layer.group is self.group
 
     def check(self, denoiser: nn.Module) -> None:
-        """Checks that the whole erasure is still in force; costs about a millisecond.
+        """Checks that the whole erasure is still in force; costs a tenth of a millisecond.
 
         Raises:
             ErasureLostError: naming what was lost: the denoiser's hooks, a site, or sites that other projections of an
@@ -160,13 +160,14 @@ class Attachment:
         if not (_is_hooked(hooks._forward_pre_hooks, self) and _is_hooked(hooks._forward_hooks, self)):
             raise _lost("the gate's hooks on the denoiser", f"{type(hooks).__name__} without them")
         self.install(denoiser)  # compiled since it was erased: the wrapper has none yet
-        layers = {carrier.path: layers_at(denoiser, carrier.path) for carrier in self.carriers}
+        known: dict[str, nn.Module | None] = {}
+        layers = {carrier.path: layers_at(denoiser, carrier.path, known) for carrier in self.carriers}
         lost = [path for path, found in layers.items() if not found or not self._is_mine(found[-1])]
         if lost:
             what = f"{len(lost)} of them replaced: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
             raise _lost(f"{len(self.carriers)} layers that carry the erasure", what)
         for path in self._attention:
-            attention = resolve(denoiser, path)
+            attention = resolve(denoiser, path, known)
             if attention is None or is_fused(attention):
                 raise _lost("separate query, key and value projections", f"{path} with {processor_name(attention)}")
         for path, found in layers.items():

@@ -138,15 +138,21 @@ def find_sites(denoiser: nn.Module, coverage: str = "all") -> dict[str, nn.Modul
     }
 
 
-def resolve(denoiser: nn.Module, path: str) -> nn.Module | None:
-    """The module at a plain path, or None; wrappers on the way are looked through."""
-    module = unwrap(denoiser)
-    for name in path.split("."):
-        child = module._modules.get(name)
-        if child is None:
-            return None
-        module = unwrap(child)
-    return module
+def resolve(denoiser: nn.Module, path: str, known: dict[str, nn.Module | None] | None = None) -> nn.Module | None:
+    """The module at a plain path, or None; wrappers on the way are looked through.
+
+    Args:
+        denoiser: where the path starts.
+        path: a plain path; "" for the denoiser itself.
+        known: what earlier calls for the same denoiser, unchanged since, have found; filled up.
+    """
+    known = {} if known is None else known
+    if path not in known:
+        parent, _, name = path.rpartition(".")
+        module = unwrap(denoiser) if not path else resolve(denoiser, parent, known)
+        child = module if not path or module is None else module._modules.get(name)
+        known[path] = None if child is None else unwrap(child)
+    return known[path]
 
 
 def holder(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -156,7 +162,7 @@ def holder(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:
         KeyError: if there is no such path.
     """
     *parents, name = path.split(".")
-    module = resolve(denoiser, ".".join(parents)) if parents else unwrap(denoiser)
+    module = resolve(denoiser, ".".join(parents))
     while True:
         child = None if module is None else module._modules.get(name)
         if module is None or child is None:
@@ -167,10 +173,13 @@ def holder(denoiser: nn.Module, path: str) -> tuple[nn.Module, str]:
         module, name = child, wrapper
 
 
-def layers_at(denoiser: nn.Module, path: str) -> list[nn.Module]:
-    """The layer at a plain path with what is wrapped around it, outermost first; empty if there is none."""
+def layers_at(denoiser: nn.Module, path: str, known: dict[str, nn.Module | None] | None = None) -> list[nn.Module]:
+    """The layer at a plain path with what is wrapped around it, outermost first; empty if there is none.
+
+    Arguments as in `resolve`.
+    """
     parent, _, name = path.rpartition(".")
-    module = resolve(denoiser, parent) if parent else unwrap(denoiser)
+    module = resolve(denoiser, parent, known)
     child = None if module is None else module._modules.get(name)
     layers = []
     while child is not None:
