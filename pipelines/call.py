@@ -98,7 +98,8 @@ def erased_call(base: type) -> Callable[..., Any]:
     def __call__(self: ErasedPipeline, *args: Any, **kwargs: Any) -> Any:
         denoiser = self._denoiser()
         with _lock_of(denoiser):
-            running = RunningCall(self, base, denoiser, _checked(denoiser))
+            # The denoiser's entry checks the whole structure in the first denoiser call; _finish checks it again.
+            running = RunningCall(self, base, denoiser, attached(denoiser))
             token = _RUNNING.set((*_RUNNING.get(), running))
             try:
                 with running.stack:
@@ -136,8 +137,12 @@ def observed_encode_prompt(base: type) -> Callable[..., Any]:
     return encode_prompt
 
 
-def _checked(denoiser: nn.Module) -> Attachment:
-    """The attachment of a denoiser, found to be complete."""
+def attached(denoiser: nn.Module) -> Attachment:
+    """What an erased pipeline's denoiser carries.
+
+    Raises:
+        ErasureLostError: if it carries nothing.
+    """
     attachment = attachment_of(denoiser)
     if attachment is None:
         raise ErasureLostError(
@@ -147,7 +152,6 @@ def _checked(denoiser: nn.Module) -> Attachment:
             fix="Call expunge.erase(pipe, erasures), or put the erased denoiser back; expunge.restore(pipe) makes it a "
             "plain pipeline again.",
         )
-    attachment.check(denoiser)
     return attachment
 
 
@@ -199,7 +203,7 @@ def _finish(running: RunningCall) -> ErasureReport:
         ErasureLostError: if a callback replaced the denoiser or what it carries, or the denoiser ran past its entry.
     """
     denoiser = running.pipe._denoiser()
-    attachment = _checked(denoiser)
+    attachment = attached(denoiser)
     records = running.state.records if running.state is not None else []
     if denoiser is not running.denoiser or attachment is not running.attachment:
         raise ErasureLostError(
@@ -208,6 +212,7 @@ def _finish(running: RunningCall) -> ErasureReport:
             found="another",
             fix="Do not replace it in a callback.",
         )
+    attachment.check(denoiser)
     if running.state is not None and not records and getattr(running.pipe, "num_timesteps", False):
         raise ErasureLostError(
             "denoiser",
@@ -215,7 +220,7 @@ def _finish(running: RunningCall) -> ErasureReport:
             found="none in the whole call",
             fix="Call the denoiser as the pipeline does, not its parts.",
         )
-    report = make_report(attachment, denoiser, _images(running) if records else ())
+    report = make_report(attachment, None, _images(running) if records else ())
     running.pipe._remember(report)
     return report
 

@@ -111,7 +111,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _is_peft(module: nn.Module) -> bool:
-    return hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
+    return "base_layer" in module._modules and hasattr(module, "adapter_layer_names")
 
 
 def _peft_state(module: Any) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from expunge.erase_ops.attach import attach, attachment_of, detach
 from expunge.erase_ops.fingerprint import architecture_fingerprint
 from expunge.erase_ops.sites import unwrap
 from expunge.erase_ops.spm.adapter import SPMAdapter
-from expunge.errors import AdapterMismatchError, InvalidInputError, UnsupportedOperationError
+from expunge.errors import AdapterMismatchError, ErasureLostError, InvalidInputError, UnsupportedOperationError
 from expunge.pipelines.call import exclusive
 from expunge.pipelines.conditioning import PipelineFamily, fit_adapter
 from expunge.pipelines.report import ErasureReport, make_report
@@ -152,7 +152,14 @@ class ErasedPipeline:
         return super()._upload_folder(working_dir, *args, **kwargs)  # type: ignore[misc]
 
     def _denoiser(self) -> nn.Module:
-        denoiser: nn.Module = getattr(self, self.family.denoiser)
+        denoiser = getattr(self, self.family.denoiser, None)
+        if not isinstance(denoiser, nn.Module):
+            raise ErasureLostError(
+                f"pipeline.{self.family.denoiser}",
+                expected="the denoiser that carries the erasures",
+                found=repr(denoiser),
+                fix="Put it back, or call expunge.restore(pipe) to have a plain pipeline again.",
+            )
         return denoiser
 
     def _remember(self, report: ErasureReport) -> None:
@@ -197,7 +204,11 @@ def erase(
     from expunge.pipelines.families import erased_class  # the table of this file's class
 
     kind = erased_class(type(pipe))
-    denoiser = getattr(pipe, kind.family.denoiser)
+    denoiser = getattr(pipe, kind.family.denoiser, None)
+    if not isinstance(denoiser, nn.Module):
+        raise InvalidInputError(
+            f"pipe.{kind.family.denoiser}", expected="a model", found=repr(denoiser), fix="Load the whole pipeline."
+        )
     adapters = load_adapters(erasures)
     with exclusive(denoiser, "erase"):
         attachment = attach(

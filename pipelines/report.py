@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 from expunge.erase_ops.carrier import Carrier
 from expunge.erase_ops.sites import resolve
@@ -148,33 +149,48 @@ def _gate(image: ImageGates, position: int) -> str:
     return f"{image.gates[position]:.3f} {image.decided_by[position]}"
 
 
-def make_report(attachment: Attachment, denoiser: nn.Module, images: Sequence[ImageGates] = ()) -> ErasureReport:
+def make_report(attachment: Attachment, denoiser: nn.Module | None, images: Sequence[ImageGates] = ()) -> ErasureReport:
     """The report on what a denoiser carries, with the gates of one call.
 
     Args:
-        attachment: what was attached to the denoiser; it may have lost sites since.
-        denoiser: the denoiser.
+        attachment: what was attached to the denoiser.
+        denoiser: where the sites are counted; None if they have just been found to be complete.
         images: the gates of the call's images.
     """
     settings = attachment.settings
-    found = {carrier.path: resolve(denoiser, carrier.path) for carrier in attachment.carriers}
-    carried = {path for path, layer in found.items() if isinstance(layer, Carrier) and layer.group is attachment.group}
-    rows = []
-    for index, adapter in enumerate(attachment.adapters):
-        source: ThresholdSource = "given" if settings.gate_threshold is not None else "calibrated"
-        if settings.gate_threshold is None and adapter.threshold is None:
-            source = "none stored"
-        constant = settings.gate is not None
-        rows.append(
-            ErasureRow(
-                name=adapter.name,
-                concepts=tuple(adapter.concepts),
-                kind="spm",
-                attached=len(carried & adapter.factors.keys()),
-                expected=len(adapter.factors),
-                threshold=None if constant else attachment.thresholds[index].item(),
-                threshold_source="constant gate" if constant else source,
-                multiplier=settings.multiplier[index],
-            )
+    if attachment not in _COMPLETE:
+        _COMPLETE[attachment] = tuple(_row(attachment, index) for index in range(len(attachment.adapters)))
+    rows = _COMPLETE[attachment]
+    if denoiser is not None:
+        found = {carrier.path: resolve(denoiser, carrier.path) for carrier in attachment.carriers}
+        carried = {
+            path for path, layer in found.items() if isinstance(layer, Carrier) and layer.group is attachment.group
+        }
+        rows = tuple(
+            replace(row, attached=len(carried & adapter.factors.keys()))
+            for row, adapter in zip(rows, attachment.adapters, strict=True)
         )
-    return ErasureReport(tuple(rows), tuple(images), settings.combine, settings.gate_negative)
+    return ErasureReport(rows, tuple(images), settings.combine, settings.gate_negative)
+
+
+# The rows of complete attachments: the same in every call.
+_COMPLETE: WeakKeyDictionary[Attachment, tuple[ErasureRow, ...]] = WeakKeyDictionary()
+
+
+def _row(attachment: Attachment, index: int) -> ErasureRow:
+    """One erasure with all of its sites."""
+    settings, adapter = attachment.settings, attachment.adapters[index]
+    source: ThresholdSource = "calibrated" if adapter.threshold is not None else "none stored"
+    if settings.gate_threshold is not None:
+        source = "given"
+    constant = settings.gate is not None
+    return ErasureRow(
+        name=adapter.name,
+        concepts=tuple(adapter.concepts),
+        kind="spm",
+        attached=len(adapter.factors),
+        expected=len(adapter.factors),
+        threshold=None if constant else attachment.thresholds[index].item(),
+        threshold_source="constant gate" if constant else source,
+        multiplier=settings.multiplier[index],
+    )

@@ -22,11 +22,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
-from expunge.erase_ops.attach import attachment_of
 from expunge.erase_ops.formats.folders import check_name, locate, replace_file, subfolder_of
 from expunge.erase_ops.formats.tensors import json_bytes, read_json
 from expunge.erase_ops.spm.adapter import SPMAdapter
-from expunge.errors import AdapterFormatError, ErasureLostError, UnsupportedOperationError
+from expunge.errors import AdapterFormatError, UnsupportedOperationError
+from expunge.pipelines.call import attached
 
 if TYPE_CHECKING:
     from expunge.erase_ops.entry import Attachment
@@ -70,14 +70,7 @@ def check_saveable(pipe: ErasedPipeline) -> Attachment:
         ErasureLostError: if the erasure is not there, or no longer whole.
     """
     denoiser = pipe._denoiser()
-    attachment = attachment_of(denoiser)
-    if attachment is None:
-        raise ErasureLostError(
-            "pipeline",
-            expected="a denoiser that carries erasures",
-            found="one without any",
-            fix="Call expunge.erase(pipe, erasures) again, or expunge.restore(pipe) to save a plain model.",
-        )
+    attachment = attached(denoiser)
     attachment.check(denoiser)
     components: dict[str, Any] = pipe.components  # type: ignore[attr-defined]
     for name, component in components.items():
@@ -130,7 +123,8 @@ def _unique(name: str, taken: list[str]) -> str:
 
 
 def _write_card(path: Path, base: str, attachment: Attachment) -> None:
-    concepts = ", ".join(f"`{concept}`" for adapter in attachment.adapters for concept in adapter.concepts)
+    texts = [" ".join(text.replace("`", "'").split()) for adapter in attachment.adapters for text in adapter.concepts]
+    concepts = ", ".join(f"`{text}`" for text in texts)
     section = _CARD.format(begin=_CARD_BEGIN, end=_CARD_END, concepts=concepts, base=base)
     text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: diffusers\n---\n\n"
     pattern = re.compile(re.escape(_CARD_BEGIN) + ".*?" + re.escape(_CARD_END) + "\n?", re.DOTALL)

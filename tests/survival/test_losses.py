@@ -57,6 +57,7 @@ def sibling(pipe: Pipe) -> None:
 # Each gets the erased pipeline and a plain one with other weights.
 LOSSES: dict[str, Callable[[Pipe, Pipe], Any]] = {
     "another unet": lambda pipe, other: setattr(pipe, "unet", other.unet),
+    "no unet": lambda pipe, other: setattr(pipe, "unet", None),
     "another unet, registered": lambda pipe, other: pipe.register_modules(unet=other.unet),
     "the state in a fresh unet": lambda pipe, other: setattr(pipe, "unet", plain_unet(pipe)),
     "a wrapper around the unet": lambda pipe, other: setattr(pipe, "unet", nn.DataParallel(pipe.unet)),
@@ -74,6 +75,10 @@ LOSSES: dict[str, Callable[[Pipe, Pipe], Any]] = {
     "another text encoder": lambda pipe, other: setattr(pipe, "text_encoder", other.text_encoder),
     "another text encoder's weights": load_encoder,
 }
+
+
+# In the middle of a call these are of no effect on its image, or stop it in the host's own code.
+HOST_STUMBLES = {"another text encoder", "another text encoder's weights", "no unet", "a wrapper around the unet"}
 
 
 def image_is_refused(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, error: type[ExpungeError]) -> None:
@@ -167,7 +172,7 @@ def at_first_step(act: Callable[[Pipe], Any]) -> Callable[..., dict[str, Any]]:
     return callback
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if "encoder" not in name and "wrapper" not in name])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in HOST_STUMBLES])
 def test_lost_in_the_middle_of_a_call(name: str, erased: Pipe, tiny_sd: Callable[..., Pipe]) -> None:
     other = tiny_sd(seed=1)
     callback = at_first_step(lambda pipe: LOSSES[name](pipe, other))
