@@ -181,7 +181,8 @@ def erase(
 
     Args:
         pipe: a pipeline of a class in `expunge.pipelines.families.ERASED`, or of a subclass. It becomes an
-            `ErasedPipeline`; other pipelines that use its denoiser are erased with it.
+            `ErasedPipeline`. Other pipelines that use its denoiser are erased with it; plain ones gate each row, even
+            a negative one, by its own text states alone, without tokens.
         erasures: adapters, their folders or files, or Hub ids; one or several.
         combine: "linear": the gated erasures add up; "official": the SPM reference's inference.
         gate: the same gate for all prompts, such as 1.0 for always on; None: each prompt's text decides.
