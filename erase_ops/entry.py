@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from expunge.erase_ops.calls import CallState, Force, innermost, opened
 from expunge.erase_ops.carrier import Carrier, Group, Running
-from expunge.erase_ops.merge import Mode, Route, plan
+from expunge.erase_ops.merge import Route, plan
 from expunge.erase_ops.permeability import CallInfo, ConceptBank, GateRecord, decide
 from expunge.erase_ops.sites import (
     attention_paths,
@@ -34,7 +34,7 @@ from expunge.errors import ErasureLostError, InvalidInputError, NonFiniteError
 if TYPE_CHECKING:
     from expunge.erase_ops.spm.adapter import SPMAdapter
 
-__all__ = ["Attachment", "CallInfo", "CallState", "Force", "GateRecord", "Settings"]
+__all__ = ["Attachment", "CallInfo", "CallState", "GateRecord", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -48,48 +48,6 @@ class Settings:
     gate_negative: bool = True
     trainable: bool = False
 
-
-@dataclass(eq=False)
-class CallState:
-    """One pipeline call: what its denoiser calls have in common.
-
-    Attributes:
-        info: what the pipeline knows.
-        records: the gate records of the call, one for each change of the gates; the last is the latest.
-    """
-
-    owner: Attachment
-    info: CallInfo
-    records: list[GateRecord] = field(default_factory=list)
-    _seen: list[_Seen] = field(default_factory=list)
-    _routes: dict[tuple[Any, ...], Route] = field(default_factory=dict)
-    _checked: nn.Module | None = None
-
-
-@dataclass(eq=False)
-class _Seen:
-    """Text states that gates were decided for; kept alive, so that identity means equality."""
-
-    states: Tensor
-    version: int
-    gates: Tensor
-    record: GateRecord
-
-
-@dataclass(eq=False)
-class Force:
-    """Gates given from outside, for training and tests."""
-
-    owner: Attachment
-    gates: Tensor  # [B, N] or [1, N]
-    active: list[int] | None
-    merge: bool = False
-    merged: Route | None = None
-
-
-# The innermost open call of this thread or task stands last. Module-level, so that attachments can be copied.
-_OPEN: ContextVar[tuple[CallState | Force, ...]] = ContextVar("expunge_open_calls", default=())
-_SEEN_LIMIT = 4  # tensors of text states remembered in one pipeline call: separate guidance calls alternate between two
 
 Gates: TypeAlias = float | Sequence[float] | Tensor
 
@@ -194,7 +152,7 @@ class Attachment:
             the state of the call, whose `records` fill up.
         """
         state = CallState(self, info)
-        with _opened(state):
+        with opened(state):
             yield state
 
     @contextmanager
@@ -224,11 +182,8 @@ class Attachment:
             raise NonFiniteError("gates", expected="finite numbers", found="NaN or infinity", fix="Check their origin.")
         rows = given.expand(1, n) if given.ndim < 2 else given
         active = None if given.requires_grad else rows.any(0).nonzero().flatten().tolist()
-        with _opened(Force(self, rows, active, merge)):
+        with opened(Force(self, rows, active, merge)):
             yield
-
-    def _open_call(self) -> CallState | Force | None:
-        return next((state for state in reversed(_OPEN.get()) if state.owner is self), None)
 
     # Hooks of the denoiser
 
@@ -273,11 +228,11 @@ class Attachment:
         if denoiser is not plain and len(plain._forward_pre_hooks) > 1:
             return  # a pre-hook of the plain module may change the states: its own entry comes after it
         states = self._states(args, kwargs)
-        call = self._open_call()
-        if not isinstance(call, CallState) or call._checked is not denoiser:
+        call = innermost(self)
+        if not isinstance(call, CallState) or call.checked is not denoiser:
             self.check(denoiser)
             if isinstance(call, CallState):
-                call._checked = denoiser
+                call.checked = denoiser
         if isinstance(call, Force):
             route = self._forced_route(call, denoiser, states)
         elif call is not None:
@@ -292,8 +247,8 @@ class Attachment:
     def _leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         route, states = self._running.route, self._running.states
         self._set(None)
-        if self._open_call() is None:
-            self._release()
+        if innermost(self) is None:
+            self.release()
         if output is None or route is None:
             return  # on the way out of an exception
         if self._states(args, kwargs) is not states:
@@ -313,7 +268,7 @@ class Attachment:
                 carrier.slot.work = work
             running.loaded = route.work
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Lets go of this thread's work, merged weights with it."""
         self._set(None)
         if self._running.loaded is not None:
@@ -324,24 +279,17 @@ class Attachment:
     # Routes
 
     def _call_route(self, call: CallState, states: Any) -> Route:
-        seen = _find(call._seen, states)
-        if seen is None:
-            gates, record = decide(self.bank, states, call.info)
-            if not call.records or not _same_gates(call.records[-1], record):
-                call.records.append(record)
-            seen = _Seen(states, _version(states), gates, record)
-            if seen.version >= 0:
-                call._seen = [*call._seen[1 - _SEEN_LIMIT :], seen]
-        self.last = seen.record
+        decision = call.decide(self.bank, states)
+        self.last = decision.record
         merge = not torch.is_grad_enabled()
-        values = seen.record.gates
+        values = decision.record.gates
         key = (values.shape, values.numpy().tobytes(), states.device, states.dtype, merge)
-        route = call._routes.get(key)
-        if route is None or route.deferred:
-            first = route is None
-            call._routes = {k: r for k, r in call._routes.items() if r.mode is not Mode.MERGED}  # one merged copy only
-            call._routes[key] = route = self._plan(seen.gates, values, states.dtype, merge=merge)
-            route.deferred &= first  # offloaded weights come in during the first denoiser call, or never
+        known = call.routes.get(key)
+        if known is not None and not known.deferred:
+            return known
+        route = self._plan(decision.gates, values, states.dtype, merge=merge)
+        route.deferred &= known is None  # offloaded weights come in during the first denoiser call, or never
+        call.keep(key, route)
         return route
 
     def _forced_route(self, force: Force, denoiser: nn.Module, states: Any) -> Route:
@@ -379,33 +327,7 @@ class _Resume:
         torch.autograd.Variable._execution_engine.queue_callback(self.clear)
 
     def clear(self) -> None:
-        self.attachment._release()
-
-
-@contextmanager
-def _opened(state: CallState | Force) -> Iterator[None]:
-    token = _OPEN.set((*_OPEN.get(), state))
-    try:
-        yield
-    finally:
-        _OPEN.reset(token)
-        state.owner._release()  # an interrupt skips the denoiser's forward hook
-
-
-def _version(tensor: Any) -> int:
-    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
-
-
-def _find(seen: list[_Seen], states: Any) -> _Seen | None:
-    """The decision for this very tensor, unless it was written to since; inference tensors do not tell, so never."""
-    version = _version(states)
-    if version < 0:
-        return None
-    return next((entry for entry in seen if entry.states is states and entry.version == version), None)
-
-
-def _same_gates(a: GateRecord, b: GateRecord) -> bool:
-    return a.gates.shape == b.gates.shape and torch.equal(a.gates, b.gates) and a.sources == b.sources
+        self.attachment.release()
 
 
 def _is_hooked(hooks: Mapping[int, Any], attachment: Attachment) -> bool:

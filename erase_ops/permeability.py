@@ -102,10 +102,10 @@ class ConceptBank:
         return len(self.tokens)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """states, owner and thresholds on a device; copied once."""
+        """States (there must be some), owner and thresholds on a device; copied once."""
         if device not in self._on_device:
-            states = self.owner.new_zeros(0) if self.states is None else self.states
-            self._on_device[device] = (states.to(device), self.owner.to(device), self.thresholds.to(device))
+            assert self.states is not None
+            self._on_device[device] = (self.states.to(device), self.owner.to(device), self.thresholds.to(device))
         return self._on_device[device]
 
     def token_overlap(self, prompts: Sequence[set[int]]) -> Tensor:
@@ -140,7 +140,7 @@ def decide(bank: ConceptBank, states: Tensor, info: CallInfo | None) -> tuple[Te
         the gates `[B, N]` float32 on the device of the states, and their record.
 
     Raises:
-        InvalidInputError: if the states do not have the shape of the concepts'.
+        InvalidInputError: if the states do not have the shape of the concepts', or those have none.
         NonFiniteError: if they hold NaN or infinity.
     """
     if not isinstance(states, Tensor) or states.ndim != 3:
@@ -150,6 +150,7 @@ def decide(bank: ConceptBank, states: Tensor, info: CallInfo | None) -> tuple[Te
         )
     negative = negative_rows(states.shape[0], info)
     positive = states[negative:]  # [P, L, D]
+    other_states = None if info is None else info.concept_states
     if info is not None and len(positive) != info.positive_rows:
         info = None  # other rows than the pipeline told of: each by itself
     finite = states.isfinite().all()
@@ -158,9 +159,16 @@ def decide(bank: ConceptBank, states: Tensor, info: CallInfo | None) -> tuple[Te
         gates = states.new_full((len(positive), bank.size), bank.constant, dtype=torch.float32)
         read = finite.view(1).cpu()
     else:
+        if bank.states is None:
+            raise InvalidInputError(
+                "gate",
+                expected="the text states of the concepts, which prompts are compared with",
+                found="adapters without any",
+                fix="Attach adapters with concept states, or set the gates by Attachment.force.",
+            )
         concepts, owner, thresholds = bank.on(states.device)
-        if info is not None and info.concept_states is not None:
-            concepts = info.concept_states.to(states.device, torch.float32)
+        if other_states is not None:
+            concepts = other_states.to(states.device, torch.float32)
         if info is not None and info.token_ids is not None:
             overlap = _counted_overlap(bank, info, positive)
         gates, scores = facilitated_transport(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from expunge.erase_ops.attach import attachment_of
+from expunge.erase_ops.entry import CallInfo
 from expunge.erase_ops.formats.factors import Factors
 from expunge.erase_ops.sites import find_sites
 from expunge.erase_ops.spm import Concept, SPMAdapter
@@ -76,3 +80,67 @@ def reference() -> dict[str, Tensor]:
 def unet() -> UNet2DConditionModel:
     """The fixtures' tiny UNet, fresh."""
     return UNet2DConditionModel.from_pretrained(FIXTURES / "tiny_unet").eval()
+
+
+@pytest.fixture
+def inputs(reference: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample, timestep and text states of two rows for the fixtures' UNet."""
+    return reference["sample"], reference["timestep"], reference["encoder_hidden_states"]
+
+
+@pytest.fixture
+def adapter(unet: UNet2DConditionModel) -> SPMAdapter:
+    """A rank-2 adapter for all sites of the fixtures' UNet."""
+    return _random_adapter(unet, rank=2)
+
+
+@torch.no_grad()
+def _predict(denoiser: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    out: Tensor = denoiser(*inputs, return_dict=False)[0]
+    return out
+
+
+def _predict_merged(denoiser: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    attachment = attachment_of(denoiser)
+    assert attachment is not None
+    with attachment.call(CallInfo(len(inputs[0]))):
+        _predict(denoiser, inputs)  # offloaded weights come in during the first call, so that the second is merged
+        return _predict(denoiser, inputs)
+
+
+def _bake(unet: UNet2DConditionModel, adapter: SPMAdapter) -> UNet2DConditionModel:
+    baked = copy.deepcopy(unet)
+    for path, factors in adapter.factors.items():
+        weight = baked.get_submodule(path).weight
+        weight.data += factors.delta().view_as(weight)
+    return baked
+
+
+def _assert_kept(denoiser: nn.Module, oracle: nn.Module, inputs: tuple[Tensor, ...], tolerance: float = 2e-5) -> None:
+    expected = _predict(oracle, inputs)
+    torch.testing.assert_close(_predict(denoiser, inputs), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(_predict_merged(denoiser, inputs), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(scope="session")
+def predict() -> Callable[[Any, tuple[Tensor, ...]], Tensor]:
+    """`predict(denoiser, inputs)`: a noise prediction without gradients."""
+    return _predict
+
+
+@pytest.fixture(scope="session")
+def predict_merged() -> Callable[[Any, tuple[Tensor, ...]], Tensor]:
+    """`predict_merged(denoiser, inputs)`: the same inside a pipeline call of an erased denoiser."""
+    return _predict_merged
+
+
+@pytest.fixture(scope="session")
+def bake() -> Callable[[UNet2DConditionModel, SPMAdapter], UNet2DConditionModel]:
+    """`bake(unet, adapter)`: the oracle of an erasure, a copy of a plain UNet with W + delta in its weights."""
+    return _bake
+
+
+@pytest.fixture(scope="session")
+def assert_kept() -> Callable[..., None]:
+    """`assert_kept(denoiser, oracle, inputs, tolerance)`: the erasure holds, by the low-rank way and merged."""
+    return _assert_kept

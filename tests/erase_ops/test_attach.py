@@ -28,11 +28,6 @@ from expunge.errors import (
 MakeAdapter = Callable[..., SPMAdapter]
 
 
-@pytest.fixture
-def inputs(reference: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return reference["sample"], reference["timestep"], reference["encoder_hidden_states"]
-
-
 @torch.no_grad()
 def predict(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return unet(*inputs).sample
@@ -278,3 +273,14 @@ def test_training_keeps_the_leaves(unet: UNet2DConditionModel, random_adapter: M
     for carrier in attachment.carriers:
         assert carrier.get_buffer("erasure_down_0") is adapter.factors[carrier.path].down
         assert carrier.get_buffer("erasure_up_0") is adapter.factors[carrier.path].up
+
+
+def test_training_without_states_takes_forced_gates_only(
+    unet: UNet2DConditionModel, random_adapter: MakeAdapter, inputs: tuple[Tensor, ...]
+) -> None:
+    adapter = dataclasses.replace(random_adapter(unet), concept_list=[Concept("cat")])
+    attachment = attach(unet, [adapter], trainable=True)
+    with attachment.force(1.0):
+        predict(unet, inputs)
+    with pytest.raises(InvalidInputError, match="force"):
+        predict(unet, inputs)

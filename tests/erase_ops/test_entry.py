@@ -172,7 +172,7 @@ def test_only_one_merged_copy_is_kept(unet: UNet2DConditionModel, attachment: At
     with attachment.call(CallInfo(1)) as call:
         for index in (CAT, DOG, CAT):
             predict(unet, prompts[[index]])
-            assert sum(route.mode is Mode.MERGED for route in call._routes.values()) == 1
+            assert sum(route.mode is Mode.MERGED for route in call.routes.values()) == 1
 
 
 @pytest.mark.parametrize("arrives", [True, False])

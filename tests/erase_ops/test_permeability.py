@@ -101,6 +101,8 @@ def test_a_constant_gate_asks_no_text(concepts: Tensor) -> None:
 def test_states_under_another_clip_skip(cat_and_dog: ConceptBank, concepts: Tensor) -> None:
     states = concepts[:1]
     assert decide(cat_and_dog, states, CallInfo(1, concept_states=concepts.flip(0)))[0].tolist() == [[0.0, 1.0]]
+    three = concepts[[0, 0, 0]]  # rows that the pipeline did not tell of are encoded under that clip_skip all the same
+    assert decide(cat_and_dog, three, CallInfo(1, concept_states=concepts.flip(0)))[0].tolist() == [[0.0, 1.0]] * 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

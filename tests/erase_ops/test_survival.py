@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +20,14 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from expunge.erase_ops.attach import Attachment, attach, attachment_of, detach
+from expunge.erase_ops.attach import attach, attachment_of, detach
 from expunge.erase_ops.entry import CallInfo
 from expunge.erase_ops.spm import SPMAdapter
 from expunge.errors import ErasureLostError
 
-Denoiser = Callable[..., Any]
-
-
-@pytest.fixture
-def inputs(reference: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return reference["sample"], reference["timestep"], reference["encoder_hidden_states"]
-
-
-@pytest.fixture
-def adapter(unet: UNet2DConditionModel, random_adapter: Callable[..., SPMAdapter]) -> SPMAdapter:
-    return random_adapter(unet, rank=2)
-
-
-def bake(unet: UNet2DConditionModel, adapter: SPMAdapter) -> UNet2DConditionModel:
-    """A copy of a plain UNet with W + delta in its weights."""
-    baked = copy.deepcopy(unet)
-    for path, factors in adapter.factors.items():
-        weight = baked.get_submodule(path).weight
-        weight.data += factors.delta().view_as(weight)
-    return baked
-
-
-@torch.no_grad()
-def predict(unet: Denoiser, inputs: tuple[Tensor, ...]) -> Tensor:
-    return unet(*inputs, return_dict=False)[0]
-
-
-def predict_merged(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    attachment = attachment_of(unet)
-    assert attachment is not None
-    with attachment.call(CallInfo(len(inputs[0]))):
-        predict(unet, inputs)  # offloaded weights come in during the first call, so that the second is merged
-        return predict(unet, inputs)
-
-
-def assert_kept(unet: nn.Module, oracle: nn.Module, inputs: tuple[Tensor, ...], tolerance: float = 2e-5) -> None:
-    expected = predict(oracle, inputs)
-    torch.testing.assert_close(predict(unet, inputs), expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(predict_merged(unet, inputs), expected, atol=tolerance, rtol=tolerance)
+Predict = Callable[[Any, tuple[Tensor, ...]], Tensor]
+Bake = Callable[[UNet2DConditionModel, SPMAdapter], UNet2DConditionModel]
+Kept = Callable[..., None]
 
 
 def style_lora(unet: UNet2DConditionModel, rank: int = 3) -> None:
@@ -108,14 +72,12 @@ OPERATIONS: dict[str, Callable[[UNet2DConditionModel], Any]] = {
     "forward chunking": lambda unet: [
         block.set_chunk_feed_forward(4, dim=1) for block in unet.modules() if hasattr(block, "set_chunk_feed_forward")
     ],
-    "compile in place": lambda unet: unet.compile(backend="eager"),
-    "compile repeated blocks": lambda unet: unet.compile_repeated_blocks(backend="eager", fullgraph=True),
 }
 # After these the oracle is not the same operation on the baked copy: it would overwrite what is baked in.
 RELOADS = {"reload weights", "reload weights, assigned"}
 
 
-def oracle_after(operation: str, unet: UNet2DConditionModel, adapter: SPMAdapter) -> UNet2DConditionModel:
+def oracle_after(operation: str, unet: UNet2DConditionModel, adapter: SPMAdapter, bake: Bake) -> UNet2DConditionModel:
     if operation in RELOADS:
         changed = copy.deepcopy(unet)
         OPERATIONS[operation](changed)
@@ -130,31 +92,32 @@ def oracle_after(operation: str, unet: UNet2DConditionModel, adapter: SPMAdapter
     return baked
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-
-
-@pytest.mark.parametrize(
-    "operation", [pytest.param(name, marks=[pytest.mark.slow] if "compile" in name else []) for name in OPERATIONS]
-)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_erase_then_operate(
-    operation: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    operation: str,
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    bake: Bake,
+    assert_kept: Kept,
 ) -> None:
-    oracle = oracle_after(operation, unet, adapter)
+    oracle = oracle_after(operation, unet, adapter, bake)
     attach(unet, [adapter], gate=1.0)
     OPERATIONS[operation](unet)
     assert_kept(unet, oracle, inputs, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "operation", [pytest.param(name, marks=[pytest.mark.slow] if "compile" in name else []) for name in OPERATIONS]
-)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_operate_then_erase_then_restore(
-    operation: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    operation: str,
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    assert_kept: Kept,
 ) -> None:
-    oracle = oracle_after(operation, unet, adapter)
+    oracle = oracle_after(operation, unet, adapter, bake)
     OPERATIONS[operation](unet)
     before = predict(unet, inputs)
     attach(unet, [adapter], gate=1.0)
@@ -164,7 +127,12 @@ def test_operate_then_erase_then_restore(
 
 
 def test_deepcopy_is_erased_by_itself(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    assert_kept: Kept,
 ) -> None:
     oracle, base = bake(unet, adapter), copy.deepcopy(unet)
     attach(unet, [adapter], gate=1.0)
@@ -178,7 +146,15 @@ def test_deepcopy_is_erased_by_itself(
     assert torch.equal(predict(clone, inputs), predict(base, inputs))
 
 
-def test_pickle(unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]) -> None:
+def test_pickle(
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    assert_kept: Kept,
+    predict_merged: Predict,
+) -> None:
     oracle, base = bake(unet, adapter), predict(unet, inputs)
     attach(unet, [adapter], gate=1.0)
     predict_merged(unet, inputs)
@@ -194,7 +170,7 @@ def test_pickle(unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[T
 
 
 def test_save_pretrained_writes_the_clean_base(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...], tmp_path: Path
+    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...], tmp_path: Path, predict: Predict
 ) -> None:
     base, keys = predict(unet, inputs), list(unet.state_dict())
     attach(unet, [adapter], gate=1.0)
@@ -207,7 +183,12 @@ def test_save_pretrained_writes_the_clean_base(
 
 
 def test_accelerates_leaf_hooks_before_and_after(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    assert_kept: Kept,
 ) -> None:
     oracle, base = bake(unet, adapter), predict(unet, inputs)
     for module in unet.modules():
@@ -230,7 +211,12 @@ def test_accelerates_leaf_hooks_before_and_after(
 
 
 def test_sequential_offload_comes_off_again(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    assert_kept: Kept,
 ) -> None:
     oracle, base = bake(unet, adapter), predict(unet, inputs)
     cpu_offload(unet, torch.device("cpu"))
@@ -246,7 +232,13 @@ def test_sequential_offload_comes_off_again(
 
 @pytest.mark.parametrize("first", ["erase", "cast"])
 def test_layerwise_casting(
-    first: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    first: str,
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    assert_kept: Kept,
 ) -> None:
     def cast(model: UNet2DConditionModel) -> None:
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -270,7 +262,12 @@ def test_layerwise_casting(
 
 @pytest.mark.parametrize("order", ["lora first", "erase first"])
 def test_lora_through_every_change(
-    order: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    order: str,
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    bake: Bake,
+    assert_kept: Kept,
 ) -> None:
     oracle = bake(unet, adapter)
     steps: list[Callable[[UNet2DConditionModel], Any]] = [
@@ -295,7 +292,7 @@ def test_lora_through_every_change(
 
 
 def test_restore_leaves_a_lora_in_place(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...], predict: Predict
 ) -> None:
     styled = copy.deepcopy(unet)
     style_lora(styled)
@@ -305,7 +302,14 @@ def test_restore_leaves_a_lora_in_place(
     assert torch.equal(predict(unet, inputs), predict(styled, inputs))
 
 
-def test_bfloat16(unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]) -> None:
+def test_bfloat16(
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    predict_merged: Predict,
+) -> None:
     exact = predict(bake(unet, adapter), inputs)
     attach(unet, [adapter], gate=1.0)
     unet.to(torch.bfloat16)
@@ -315,7 +319,14 @@ def test_bfloat16(unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple
     assert all(buffer.dtype == torch.float32 for name, buffer in unet.named_buffers() if "erasure_" in name)
 
 
-def test_autocast(unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]) -> None:
+def test_autocast(
+    unet: UNet2DConditionModel,
+    adapter: SPMAdapter,
+    inputs: tuple[Tensor, ...],
+    predict: Predict,
+    bake: Bake,
+    predict_merged: Predict,
+) -> None:
     exact = predict(bake(unet, adapter), inputs)
     attach(unet, [adapter], gate=1.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -344,7 +355,7 @@ LOSSES: dict[str, tuple[Callable[[UNet2DConditionModel], Any], str]] = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_lost_erasure_raises_before_an_image_is_made(
-    loss: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
+    loss: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...], predict: Predict
 ) -> None:
     operation, says = LOSSES[loss]
     attachment = attach(unet, [adapter], gate=1.0)
@@ -373,94 +384,3 @@ def test_fused_before_erasing_is_refused(unet: UNet2DConditionModel, adapter: SP
     with pytest.raises(UnsupportedOperationError, match="unfuse"):
         attach(unet, [adapter], gate=1.0)
     assert attachment_of(unet) is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["wrapped", "in place"])
-def test_compile_and_run_then_erase_then_restore(
-    way: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
-) -> None:
-    oracle, base = bake(unet, adapter), predict(unet, inputs)
-    compiled: Any = torch.compile(unet, backend="eager") if way == "wrapped" else unet
-    if way == "in place":
-        unet.compile(backend="eager")
-    assert torch.equal(predict(compiled, inputs), base)
-    attach(compiled, [adapter], gate=1.0)
-    assert isinstance(attachment_of(compiled), Attachment)
-    assert_kept(compiled, oracle, inputs)
-    detach(compiled)
-    assert torch.equal(predict(compiled, inputs), base)
-
-
-@pytest.mark.slow
-def test_another_model_of_the_class_compiled_before(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
-) -> None:
-    oracle, other = bake(unet, adapter), copy.deepcopy(unet)
-    predict(torch.compile(other, backend="eager"), inputs)
-    attach(unet, [adapter], gate=1.0)
-    assert_kept(torch.compile(unet, backend="eager"), oracle, inputs)
-
-
-@pytest.mark.slow
-def test_compiled_calls_do_not_recompile_for_each_prompt(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
-) -> None:
-    from torch._dynamo.testing import CompileCounter
-
-    counter = CompileCounter()
-    attachment = attach(unet, [adapter], gate_threshold=0.0)
-    compiled: Any = torch.compile(unet, backend=counter)
-    counts = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        states = torch.rand(1, 7, 32).expand(2, -1, -1) + adapter.concept_list[0].states
-        with attachment.call(CallInfo(2)):
-            predict(compiled, (*inputs[:2], states))
-        predict(compiled, (*inputs[:2], torch.rand(2, 7, 32) + adapter.concept_list[0].states))
-        counts.append(counter.frame_count)
-    assert counts[-1] == counts[0] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["compile first", "erase first"])
-def test_compiled_as_one_graph(
-    order: str, unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
-) -> None:
-    from torch._dynamo.testing import CompileCounter
-
-    counter = CompileCounter()
-    oracle, base = bake(unet, adapter), predict(unet, inputs)
-    if order == "compile first":
-        compiled: Any = torch.compile(unet, backend=counter, fullgraph=True)
-        assert torch.equal(predict(compiled, inputs), base)
-        attachment = attach(compiled, [adapter], gate=1.0)
-    else:
-        attachment = attach(unet, [adapter], gate=1.0)
-        compiled = torch.compile(unet, backend=counter, fullgraph=True)
-        attachment.check(compiled)  # as a pipeline does before each call: the gate moves outside of the graph
-    assert_kept(compiled, oracle, inputs)
-    graphs = counter.frame_count
-    assert_kept(compiled, oracle, inputs)
-    assert counter.frame_count == graphs
-    with pytest.raises(RuntimeError):
-        compiled(inputs[0][:, :3], *inputs[1:])
-    assert all(carrier.slot.work is carrier.running.work is None for carrier in attachment.carriers)
-    detach(compiled)
-    assert torch.equal(predict(compiled, inputs), base)
-
-
-@pytest.mark.slow
-def test_a_pre_hook_inside_compiled_code_is_followed(
-    unet: UNet2DConditionModel, adapter: SPMAdapter, inputs: tuple[Tensor, ...]
-) -> None:
-    states = adapter.concept_list[0].states
-    assert states is not None
-    cat = states.expand(2, -1, -1)
-    oracle = predict(bake(unet, adapter), (*inputs[:2], cat))
-    compiled: Any = torch.compile(unet, backend="eager")
-    attachment = attach(compiled, [adapter], gate_threshold=0.5)
-    unet.register_forward_pre_hook(lambda module, args: (*args[:2], cat))
-    attachment.check(compiled)
-    torch.testing.assert_close(predict(compiled, (*inputs[:2], -cat)), oracle, atol=1e-5, rtol=1e-5)
-    assert attachment.last is not None and attachment.last.gates.tolist() == [[pytest.approx(1.0)]] * 2
