@@ -1,4 +1,4 @@
-"""torch.compile before and after erasing, in every form: the erasure holds, and prompts do not compile anything anew."""
+"""torch.compile before and after erasing, in every form: the erasure holds, and prompts compile nothing anew."""
 
 from __future__ import annotations
 
