@@ -79,8 +79,9 @@ def run_demo(
         seen, left = judge.classify(before), judge.classify(after)
         readings = [((seen.objects[i], seen.styles[i]), (left.objects[i], left.styles[i])) for i in range(len(shots))]
         rows = scores(shots, seen, left)
+        # A copy: what is returned is what is written, and that is before this phase has ended.
         result = DemoResult(
-            concept, texts, shots, before, after, gates, readings, rows, adapter.settings, seconds, folder
+            concept, texts, shots, before, after, gates, readings, rows, adapter.settings, dict(seconds), folder
         )
         write(result)
     return result
