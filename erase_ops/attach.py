@@ -87,6 +87,9 @@ def attach(
         fill_carrier(make_carrier(layer, group, running, index, path), adapters, settings)
         for index, (path, layer) in enumerate(layers.items())
     ]
+    layouts = {carrier.owners: carrier.owners for carrier in carriers}
+    for carrier in carriers:
+        carrier.owners = layouts[carrier.owners]  # one object for equal ones, so that planning compares identities
     attachment = Attachment(plain, adapters, settings, bank, group, running, carriers, layers)
     if previous is not None:
         detach(denoiser)
@@ -311,7 +314,7 @@ def fill_carrier(carrier: Carrier, adapters: Sequence[SPMAdapter], settings: Set
     device = torch.device("cpu") if weight.device.type == "meta" else weight.device
     with torch.inference_mode(False), torch.no_grad():
         downs = [factors.down.to(device, torch.float32) for _, factors, _ in present]
-        ups = [factors.up.flatten(1).T.to(device, torch.float32) * (factors.scale * m) for _, factors, m in present]
+        ups = [factors.up.flatten(1).to(device, torch.float32) * (factors.scale * m) for _, factors, m in present]
         carrier.register_buffer("erasure_down", torch.cat(downs), persistent=False)  # [R, in(, kh, kw)]
-        carrier.register_buffer("erasure_up", torch.cat(ups), persistent=False)  # [R, out]
+        carrier.register_buffer("erasure_up", torch.cat(ups, 1), persistent=False)  # [out, R]
     return carrier

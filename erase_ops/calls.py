@@ -44,6 +44,7 @@ class CallState:
         checked: the denoiser that the structural check of this call has passed on.
         decisions: the latest ones.
         routes: the latest ones, by what they depend on.
+        latest: the latest decision, whether it may be merged, and its route: what nearly every step asks for again.
     """
 
     owner: Attachment
@@ -52,6 +53,7 @@ class CallState:
     checked: nn.Module | None = None
     decisions: list[Decision] = field(default_factory=list)
     routes: dict[tuple[Any, ...], Route] = field(default_factory=dict)
+    latest: tuple[Decision, bool, Route] | None = None
 
     def decide(self, bank: ConceptBank, states: Any) -> Decision:
         """The gates for text states: those decided before for this very tensor, unless it was written to since."""

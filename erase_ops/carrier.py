@@ -29,10 +29,13 @@ class Work(NamedTuple):
     Args:
         weight: a merged weight that is used in the base weight's place.
         lowrank: active factors and their gates, which are added to the base layer's output.
+        bias: the base layer's Parameter beside a merged weight: looking it up in the module costs as much as all else
+            that a carrier does.
     """
 
     weight: Tensor | None
     lowrank: LowRank | None
+    bias: Tensor | None = None
 
 
 IDLE = Work(None, None)
@@ -56,8 +59,7 @@ class Running(threading.local):
 
     work: Sequence[Work] | None = None
     loaded: Sequence[Work] | None = None  # what the slots hold
-    route: Any = None  # the entry's own: where the work comes from, and for which text states
-    states: Any = None
+    entered: Any = None  # the entry's own: the route, the text states it is for, and whether the call is a bare one
     outside: bool = False  # whether the entry was passed outside of compiled code
 
     def __reduce__(self) -> tuple[type[Running], tuple[()]]:
@@ -77,7 +79,7 @@ class Carrier(nn.Module):
         index: the place of its own there.
         slot: the same work, for compiled code.
         path: its plain module path.
-        owners: the SPM of each factor column.
+        owners: the SPM of each factor column; one object for all carriers that have the same.
         mix_rank: the rank of each SPM here under combine="official", else None; see `gated_lowrank`.
         scales: for trainable factors, what each piece of `up` is multiplied by; empty for frozen ones.
     """
@@ -91,6 +93,7 @@ class Carrier(nn.Module):
     mix_rank: int | None
     scales: tuple[float, ...]
     weight: Tensor  # the base layer's Parameter
+    groups: int = 1  # a convolution has its own
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # PEFT builds the convolutions of a LoRA as type(base_layer)(...): what is made by arguments is a plain layer.
@@ -104,7 +107,7 @@ class Carrier(nn.Module):
         Trainable factors are the very tensors that were attached, so gradients reach them.
         """
         if not self.scales:
-            return self._buffers["erasure_down"], self._buffers["erasure_up"].T  # type: ignore[return-value, union-attr]
+            return self._buffers["erasure_down"], self._buffers["erasure_up"]  # type: ignore[return-value]
         downs = [self.get_buffer(f"erasure_down_{i}") for i in range(len(self.scales))]
         ups = [self.get_buffer(f"erasure_up_{i}").flatten(1) * scale for i, scale in enumerate(self.scales)]
         return (downs[0], ups[0]) if len(ups) == 1 else (torch.cat(downs), torch.cat(ups, 1))
@@ -146,9 +149,9 @@ class ErasedLinear(Carrier, nn.Linear):
         running = self.running.work
         if running is None:
             raise self._lost()
-        merged, lowrank = self.slot.work if torch.compiler.is_compiling() else running[self.index]
+        merged, lowrank, bias = self.slot.work if torch.compiler.is_compiling() else running[self.index]
         if merged is not None:
-            return F.linear(input, merged, self.bias)
+            return F.linear(input, merged, bias)
         out = F.linear(input, self.weight, self.bias)
         return out if lowrank is None else gated_lowrank(input, *lowrank, out=out, mix_rank=self.mix_rank)
 
@@ -161,9 +164,9 @@ class ErasedConv2d(Carrier, nn.Conv2d):
         running = self.running.work
         if running is None:
             raise self._lost()
-        merged, lowrank = self.slot.work if torch.compiler.is_compiling() else running[self.index]
+        merged, lowrank, bias = self.slot.work if torch.compiler.is_compiling() else running[self.index]
         if merged is not None:
-            return self._conv_forward(input, merged, self.bias)
+            return self._conv_forward(input, merged, bias)
         out = self._conv_forward(input, self.weight, self.bias)
         if lowrank is None:
             return out

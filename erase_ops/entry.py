@@ -212,44 +212,46 @@ class Attachment:
         return kwargs[name] if name in kwargs else args[position] if len(args) > position else None
 
     def _before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() and self._running.work is not None:
-            return
-        self._enter(denoiser, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._enter(denoiser, args, kwargs)
+        elif self._running.work is None:
+            self._enter_uncompiled(denoiser, args, kwargs)
 
     def _after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() and self._running.outside:
-            return
-        self._leave(args, kwargs, output)
+        if not torch.compiler.is_compiling():
+            self._leave(args, kwargs, output)
+        elif not self._running.outside:
+            self._leave_uncompiled(args, kwargs, output)
 
-    @torch.compiler.disable
     def _enter(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._set(None)
-        plain = unwrap(denoiser)
-        if denoiser is not plain and len(plain._forward_pre_hooks) > 1:
+        running, states, call = self._running, self._states(args, kwargs), innermost(self)
+        running.work, running.entered, running.outside = None, None, "_orig_mod" in denoiser._modules
+        if running.outside and len(unwrap(denoiser)._forward_pre_hooks) > 1:
             return  # a pre-hook of the plain module may change the states: its own entry comes after it
-        states = self._states(args, kwargs)
-        call = innermost(self)
-        if not isinstance(call, CallState) or call.checked is not denoiser:
-            self.check(denoiser)
-            if isinstance(call, CallState):
+        if isinstance(call, CallState):
+            if call.checked is not denoiser:
+                self.check(denoiser)
                 call.checked = denoiser
-        if isinstance(call, Force):
-            route = self._forced_route(call, denoiser, states)
-        elif call is not None:
             route = self._call_route(call, states)
         else:
-            gates, self.last = decide(self.bank, states, None)
-            route = self._plan(gates, self.last.gates, states.dtype, merge=False)
-        self._set(route, states)
-        self._running.outside = denoiser is not plain
+            self.check(denoiser)
+            if call is not None:
+                route = self._forced_route(call, denoiser, states)
+            else:
+                gates, self.last = decide(self.bank, states, None)
+                route = self._plan(gates, self.last.gates, states.dtype, merge=False)
+        self._hand_out(route)
+        running.entered = route, states, call is None
 
-    @torch.compiler.disable
     def _leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        route, states = self._running.route, self._running.states
-        self._set(None)
-        if innermost(self) is None:
+        running = self._running
+        entered, running.work, running.entered, running.outside = running.entered, None, None, False
+        if entered is None:
+            return
+        route, states, bare = entered
+        if bare:
             self.release()
-        if output is None or route is None:
+        if output is None:
             return  # on the way out of an exception
         if self._states(args, kwargs) is not states:
             raise _lost("text states as the gates were decided for", "others, put in place by a later forward pre-hook")
@@ -258,23 +260,26 @@ class Attachment:
             # Gradient checkpointing runs the layers again during backward. The output's gradient comes first of all.
             sample.register_hook(_Resume(self, route))
 
-    def _set(self, route: Route | None, states: Any = None) -> None:
-        """Hands every carrier its work in this thread, or takes it away."""
-        running = self._running
-        running.route, running.states = route, states
-        running.work, running.outside = None if route is None else route.work, False
-        if route is not None and running.loaded is not route.work:
+    # While torch.compile reads `_before`, is_compiling() holds: then, and only then, it must be kept out of these.
+    _enter_uncompiled = torch.compiler.disable(_enter)
+    _leave_uncompiled = torch.compiler.disable(_leave)
+
+    def _hand_out(self, route: Route) -> None:
+        """Gives every carrier its work in this thread."""
+        self._running.work = route.work
+        if self._running.loaded is not route.work:
             for carrier, work in zip(self.carriers, route.work, strict=True):
                 carrier.slot.work = work
-            running.loaded = route.work
+            self._running.loaded = route.work
 
     def release(self) -> None:
         """Lets go of this thread's work, merged weights with it."""
-        self._set(None)
-        if self._running.loaded is not None:
+        running = self._running
+        running.work, running.entered, running.outside = None, None, False
+        if running.loaded is not None:
             for carrier in self.carriers:
                 carrier.slot.work = None
-            self._running.loaded = None
+            running.loaded = None
 
     # Routes
 
@@ -282,14 +287,16 @@ class Attachment:
         decision = call.decide(self.bank, states)
         self.last = decision.record
         merge = not torch.is_grad_enabled()
+        if call.latest is not None and call.latest[0] is decision and call.latest[1] is merge:
+            return call.latest[2]
         values = decision.record.gates
         key = (values.shape, values.numpy().tobytes(), states.device, states.dtype, merge)
-        known = call.routes.get(key)
-        if known is not None and not known.deferred:
-            return known
-        route = self._plan(decision.gates, values, states.dtype, merge=merge)
-        route.deferred &= known is None  # offloaded weights come in during the first denoiser call, or never
-        call.keep(key, route)
+        route = known = call.routes.get(key)
+        if route is None or route.deferred:
+            route = self._plan(decision.gates, values, states.dtype, merge=merge)
+            route.deferred &= known is None  # offloaded weights come in during the first denoiser call, or never
+            call.keep(key, route)
+        call.latest = None if route.deferred else (decision, merge, route)
         return route
 
     def _forced_route(self, force: Force, denoiser: nn.Module, states: Any) -> Route:
@@ -323,7 +330,7 @@ class _Resume:
         self.attachment, self.route = attachment, route
 
     def __call__(self, gradient: Tensor) -> None:
-        self.attachment._set(self.route)
+        self.attachment._hand_out(self.route)
         torch.autograd.Variable._execution_engine.queue_callback(self.clear)
 
     def clear(self) -> None:

@@ -55,7 +55,7 @@ def is_mergeable(carrier: Carrier, device: torch.device) -> bool:
     weights that are stored in float8 are cast in each forward, which a merged weight would not be.
     """
     weight = carrier.weight
-    return weight.dtype in MERGEABLE and weight.device == device and getattr(carrier, "groups", 1) == 1
+    return weight.dtype in MERGEABLE and weight.device == device and carrier.groups == 1
 
 
 class Mode(enum.Enum):
@@ -100,30 +100,32 @@ def plan(
     if active is not None and not active:
         return Route(Mode.BASE, [IDLE] * len(carriers))
     work: list[Work] = []
-    columns: dict[tuple[int, ...], tuple[Tensor | None, Tensor] | None] = {}
-    deferred = False
+    layouts: dict[int, tuple[Tensor | None, Tensor] | None] = {}  # by the identity of `owners`: long tuples hash slowly
+    device, deferred = gates.device, False
     for carrier in carriers:
-        if carrier.owners not in columns:
-            columns[carrier.owners] = _columns(carrier.owners, active, gates)
-        chosen = columns[carrier.owners]
+        if id(carrier.owners) not in layouts:
+            layouts[id(carrier.owners)] = _layout(carrier.owners, active, gates)
+        chosen = layouts[id(carrier.owners)]
         if chosen is None:
             work.append(IDLE)
             continue
         index, gate = chosen
-        down, up = _active_factors(carrier, index, gates.device)
-        if merge and is_mergeable(carrier, gates.device):
-            work.append(Work(merged_weight(carrier.weight, down, up, gate[0], carrier.mix_rank), None))
+        down, up = _active_factors(carrier, index, device)
+        if merge and is_mergeable(carrier, device):
+            merged = merged_weight(carrier.weight, down, up, gate[0], carrier.mix_rank)
+            work.append(Work(merged, None, carrier._parameters["bias"]))
         else:
             deferred |= merge
             work.append(Work(None, (_cast(down, dtype), _cast(up, dtype), _cast(gate, dtype))))
     return Route(Mode.MERGED if merge else Mode.LOWRANK, work, deferred)
 
 
-def _columns(
+def _layout(
     owners: tuple[int, ...], active: Sequence[int] | None, gates: Tensor
 ) -> tuple[Tensor | None, Tensor] | None:
     """For one layout of factor columns: which to keep (None: all) and the gate of each; None if none is active."""
-    kept = [i for i, owner in enumerate(owners) if active is None or owner in set(active)]
+    wanted = set(owners if active is None else active)
+    kept = [i for i, owner in enumerate(owners) if owner in wanted]
     if not kept:
         return None
     index = None if len(kept) == len(owners) else torch.tensor(kept, device=gates.device)
@@ -137,7 +139,7 @@ def _active_factors(carrier: Carrier, index: Tensor | None, device: torch.device
     down, up = down.to(device), up.to(device)
     if index is None:
         return down, up
-    return down.index_select(0, index), up.T.index_select(0, index).T
+    return down.index_select(0, index), up.index_select(1, index)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
