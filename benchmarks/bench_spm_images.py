@@ -18,6 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from rich.progress import Progress
 from spm_prompts import Item, not_naming, of_object, of_others, of_style, phrasings, synonyms
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from expunge import SPMAdapter, demo, erase, restore
 from expunge.demo.scoring import Share, generate
@@ -322,6 +323,7 @@ def measure(scale: float) -> list[Bar]:
     """All rows; `scale` below 1 makes fewer pictures, for a quick look."""
     torch.set_grad_enabled(False)
     diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # some punctuated prompts are longer than the encoder, as intended
     with Progress() as progress:
         bench = Bench(scale, progress)
         rows = erased_concepts(bench)

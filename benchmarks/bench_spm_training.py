@@ -122,6 +122,15 @@ def measure(name: str, model: str, config: SPMTrainingConfig, pairs: int) -> Bar
     )
 
 
+def measure_settings(model: str, pairs: int) -> list[Bar]:
+    """All rows: the reference's settings, and on the bundled model the preset as well."""
+    prompts = (PromptPair("cat"),)
+    settings = {"the reference's settings": SPMTrainingConfig(prompts=prompts, anchor_layout="official")}
+    if model == "demo":
+        settings["preset demo"] = SPMTrainingConfig.preset("demo", prompts=prompts, anchor_prompts=ANCHOR_PROMPTS)
+    return [measure(name, model, config, pairs) for name, config in settings.items()]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15)
@@ -129,13 +138,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    prompts = (PromptPair("cat"),)
-    settings = {
-        "the reference's settings": SPMTrainingConfig(prompts=prompts, anchor_layout="official"),
-        "preset demo": SPMTrainingConfig.preset("demo", prompts=prompts, anchor_prompts=ANCHOR_PROMPTS),
-    }
-    chosen = settings if args.model == "demo" else {"the reference's settings": settings["the reference's settings"]}
-    rows = [measure(name, args.model, config, args.pairs) for name, config in chosen.items()]
+    rows = measure_settings(args.model, args.pairs)
     print_table(f"Cost of SPM training ({args.model} UNet)", rows)
     if args.json:
         write_json(args.json, rows)

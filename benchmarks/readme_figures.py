@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # Marker in README.md -> the result files whose rows stand there.
-FIGURES = {"spm_images": ("spm_images",), "spm_cost": ("spm_cost", "spm_training")}
+FIGURES = {"spm_images": ("spm_images",), "spm_cost": ("spm_cost", "spm_training", "spm_fixtures")}
 
 
 def table(names: tuple[str, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -14,27 +15,11 @@ from expunge.erase_ops.attach import attach, detach
 from expunge.erase_ops.entry import CallInfo
 from expunge.erase_ops.spm import SPMAdapter
 
-FILES = {"A": "official_spm_tiny", "B": "official_spm_tiny_b", "D": "official_spm_tiny_alpha05"}
-
-# output: (files, gate, multiplier, combine)
-OUTPUTS = {
-    "eps_A_mult0.0": ("A", 1.0, 0.0, "linear"),
-    "eps_A_mult0.5": ("A", 1.0, 0.5, "linear"),
-    "eps_A_mult1.0": ("A", 1.0, 1.0, "linear"),
-    "eps_A_mult2.0": ("A", 1.0, 2.0, "linear"),
-    "eps_A_merge1": ("A", 1.0, 1.0, "linear"),
-    "eps_AB_merge_1_1": ("AB", 1.0, 1.0, "linear"),
-    "eps_D_merge1": ("D", 1.0, 1.0, "linear"),
-    "eps_D_ctoralpha0.5": ("D", 1.0, 1.0, "linear"),
-    "eps_D_ctoralpha1.0": ("D", 1.0, 1.0, "linear"),
-    "eps_A_infergate0.25": ("A", 0.25, 1.0, "official"),
-    "eps_A_infergate0.5": ("A", 0.5, 1.0, "official"),
-    "eps_AB_infergate_1_1": ("AB", 1.0, 1.0, "official"),
-}
+OUTPUTS = json.loads((Path(__file__).parent.parent / "fixtures" / "spm" / "outputs.json").read_text(encoding="utf-8"))
 
 
-def read(fixtures: Path, letter: str, alpha: float | None = None) -> SPMAdapter:
-    adapter = SPMAdapter.from_pretrained(fixtures / f"{FILES[letter]}.safetensors")
+def read(fixtures: Path, name: str, alpha: float | None = None) -> SPMAdapter:
+    adapter = SPMAdapter.from_pretrained(fixtures / f"{name}.safetensors")
     if alpha is not None:
         adapter.factors = {path: dataclasses.replace(f, alpha=alpha) for path, f in adapter.factors.items()}
     return adapter
@@ -54,11 +39,11 @@ def test_every_output_is_covered(reference: dict[str, Tensor]) -> None:
 def test_reference_output(
     name: str, merged: bool, unet: UNet2DConditionModel, reference: dict[str, Tensor], fixtures: Path
 ) -> None:
-    letters, gate, multiplier, combine = OUTPUTS[name]
-    adapters = [read(fixtures, letter, 1.0 if name == "eps_D_ctoralpha1.0" else None) for letter in letters]
+    how = OUTPUTS[name]
+    adapters = [read(fixtures, file, how["alpha"]) for file in how["files"]]
     base = predict(unet, reference)
-    attachment = attach(unet, adapters, gate=gate, combine=combine, multiplier=multiplier)
-    with attachment.call(CallInfo(2)) if merged else attachment.force(gate):
+    attachment = attach(unet, adapters, gate=how["gate"], combine=how["combine"], multiplier=how["multiplier"])
+    with attachment.call(CallInfo(2)) if merged else attachment.force(how["gate"]):
         out = predict(unet, reference)
     torch.testing.assert_close(out, reference[name], atol=1e-4, rtol=0)
     detach(unet)
