@@ -1,0 +1,1 @@
+"""Tools that prove kernels without a GPU: interpreter guard, recorder of bytes and memory, comparison."""
