@@ -54,7 +54,7 @@ def fused_linear_loss_reference(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     token_weights: Tensor | None = None,
-    teachers: tuple[Tensor, Tensor, Tensor] | None = None,
+    teachers: tuple[Tensor, ...] = (),
     eta: float = 1.0,
 ) -> GatedLoss:
     """The formula with whole logits; `threshold` has the dtype that everything is computed in, states are [R, D]."""
@@ -69,12 +69,11 @@ def fused_linear_loss_reference(
         valid = labels != ignore_index
         losses = -log_p.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     else:
-        assert teachers is not None
         valid = None
         with torch.no_grad():
-            z_t, z_p, z_n = map(head, teachers)
-            log_q = (z_t - eta * (z_p - z_n)).log_softmax(1)
-        losses = torch.where(log_q == -math.inf, 0, log_q.exp() * (log_q - log_p)).sum(1)
+            z_t, *others = map(head, teachers)  # t, or t, p and n
+            log_q = (z_t - eta * (others[0] - others[1]) if others else z_t).log_softmax(1)
+        losses = (log_q.exp() * torch.where(log_q == -math.inf, 0, log_q - log_p)).sum(1)  # 0 log 0 = 0
     losses = losses if token_weights is None else losses * token_weights.to(losses.dtype)
     if valid is None:
         return loss_gate_reference(losses, threshold, window, mean)
@@ -110,7 +109,8 @@ def fused_linear_loss(
         ignore_index: the label of rows that take no part.
         token_weights: `[*]`, a factor for each row's loss, of any sign; None for 1. No gradient flows to it.
         target, positive, neutral: `[*, D]` states of the frozen model for KL, to softmax(z_t - eta (z_p - z_n)): target
-            alone, or positive and neutral, with target None for neutral. No gradient flows to them.
+            alone, or positive and neutral, with target None for neutral. No gradient flows to them, nor through them
+            to a head that trains.
         eta: how far the teacher's distribution is moved away from the concept.
         threshold: a group is kept if its loss is strictly greater; a number, or a tensor `[]` or one for each group.
             Within `torch.compile` pass a tensor: its value may change without recompiling.
