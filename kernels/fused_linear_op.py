@@ -41,10 +41,19 @@ def remember(ctx: Any, results: Seven, bias: Tensor | None, states: Tensor, weig
 def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of states, weight and bias that are needed: those of forward times the loss's own."""
     factor, states, *head = ctx.saved_tensors
-    scaled = [scale_rows(states, factor * upstream, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None]
+    scaled = [scaled_states(states, factor, upstream, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None]
     for gradient, dtype, needed in zip(head, ctx.dtypes[1:], ctx.needs_input_grad[1:3], strict=True):
         scaled.append((gradient * upstream).to(dtype) if needed else None)
     return scaled[0], scaled[1], scaled[2]
+
+
+def scaled_states(states: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """states [R, D] times each row's factor; compiled code fuses the product with what follows it."""
+    if kernel_path("fused_linear_loss", states) != "triton":
+        return scale_rows(states, factor * upstream, dtype)
+    from expunge.kernels.gpu.loss_gate import launch_scale_rows
+
+    return launch_scale_rows(states, factor, upstream, dtype)
 
 
 class FusedLinearLoss(torch.autograd.Function):
