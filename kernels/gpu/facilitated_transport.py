@@ -169,21 +169,21 @@ def launch_facilitated_transport(
         return out
     states = states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
     concept_states, owner, threshold = (one.contiguous() for one in (concept_states, owner, threshold))
-    scratch = {"dtype": torch.float32, "device": states.device}
-    d, xx = torch.empty(parts, rows, concepts, **scratch), torch.empty(parts, rows, **scratch)
-    cc = torch.empty(parts, concepts, **scratch)
+    d = torch.empty(parts, rows, concepts, dtype=torch.float32, device=states.device)
+    xx, cc = d.new_empty(parts, rows), d.new_empty(parts, concepts)
     if concepts:
-        grid = (cdiv(rows, ROWS), cdiv(concepts, CONCEPTS), parts)
+        sums = (cdiv(rows, ROWS), cdiv(concepts, CONCEPTS), parts)
         sizes = (rows, concepts, width, states.stride(0))
-        constants = {"k": k, "BM": CONCEPTS, "BF": SLICE, "ROWS": ROWS}
-        concept_sums_kernel[grid](states, concept_states, d, xx, cc, *sizes, **constants, num_warps=8)
+        tile = {"k": k, "BM": CONCEPTS, "BF": SLICE, "ROWS": ROWS}
+        concept_sums_kernel[sums](states, concept_states, d, xx, cc, *sizes, **tile, num_warps=8)
     tokens = tuple(one.contiguous() for one in (prompt_tokens, concept_tokens, token_owner) if one is not None)
     none = owner.new_empty(0, 1)
     prompt, table, token_owner = tokens if len(tokens) == 3 else (none, none, none)
-    sizes = (batch, n, concepts, parts, *table.shape, prompt.shape[1])
-    constants = {"k": k, "BN": SPMS, "BM": SPMS, "BS": PARTS, "BT": PROMPT}
-    grid = (batch, cdiv(n, SPMS))
-    transport_gates_kernel[grid](d, xx, cc, owner, threshold, prompt, table, token_owner, out, *sizes, **constants)
+    counts = (batch, n, concepts, parts, table.shape[0], table.shape[1], prompt.shape[1])
+    tile = {"k": k, "BN": SPMS, "BM": SPMS, "BS": PARTS, "BT": PROMPT}
+    transport_gates_kernel[batch, cdiv(n, SPMS)](
+        d, xx, cc, owner, threshold, prompt, table, token_owner, out, *counts, **tile
+    )
     return out
 
 
