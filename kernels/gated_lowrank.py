@@ -15,7 +15,9 @@ Shapes:
     gate  [B, R], or [1, R] for every row alike: the gate of each SPM, repeated for its columns
     out   [B, *, out], or [B, out, H', W']: the base layer's output, updated in place when no gradient is needed
 
-The torch reference below is the CPU path and the oracle of the tests.
+The torch reference below is the CPU path and the oracle of the tests. On GPUs one Triton kernel does it all in one
+launch (`kernels/gpu/gated_lowrank.py`), which takes linear layers and 1x1 convolutions in both memory formats, up to
+512 hidden columns; larger kernels, more columns, and the gradient of `mix_rank` take the torch path there as well.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expunge.errors import InvalidInputError, UnsupportedOperationError
+from expunge.kernels.dispatch import KernelPath, kernel_path
+
+MAX_KERNEL_RANK = 512
 
 
 def gated_lowrank_reference(
@@ -84,6 +89,13 @@ def gated_lowrank(
         UnsupportedOperationError: if the rows of x are not the rows that the gates were computed for.
     """
     check_shapes(x, x.shape[-1], down, up, gate, mix_rank)
+    path = kernel_path("gated_lowrank", x, down, up, gate, out)
+    if path != "torch" and _kernel_takes(x, down, up, gate, out, mix_rank):
+        tokens = (x.unsqueeze(1) if x.ndim == 2 else x).flatten(1, -2)  # [B, *, in] -> [B, T, in]
+        base = None if out is None else (out.unsqueeze(1) if out.ndim == 2 else out).flatten(1, -2)
+        y = _by_kernel(path, tokens, down, up, gate, base, mix_rank)
+        y = y.reshape(*x.shape[:-1], up.shape[0])
+        return y if out is None else _landed(y, out, path == "triton" and not needs_grad(x, down, up, gate, out))
     dtype = x.dtype if out is None else out.dtype  # under autocast the base's output is narrower than its input
     h = F.linear(x, down.to(x.dtype)).to(dtype)
     up, gate = up.to(dtype), gate.to(dtype).view(gate.shape[0], *(1,) * (x.ndim - 2), gate.shape[1])  # [B, *1, R]
@@ -131,6 +143,12 @@ def gated_lowrank_conv(
     """
     check_shapes(x, x.shape[1], down, up, gate, mix_rank)
     pointwise = down.shape[2:] == (1, 1) and stride in (1, (1, 1)) and padding in (0, (0, 0), "same", "valid")
+    path = kernel_path("gated_lowrank", x, down, up, gate, out) if pointwise else "torch"
+    if path != "torch" and _kernel_takes(x, down, up, gate, out, mix_rank):
+        base = None if out is None else out.flatten(2).mT  # [B, out, H, W] -> [B, H*W, out], a view in both formats
+        y = _by_kernel(path, x.flatten(2).mT, down.flatten(1), up, gate, base, mix_rank)
+        y = y.mT.unflatten(2, x.shape[2:])
+        return y if out is None else _landed(y, out, path == "triton" and not needs_grad(x, down, up, gate, out))
     if pointwise and x.is_contiguous(memory_format=torch.channels_last):
         last = None if out is None else out.movedim(1, -1)  # [B, H, W, out], a view
         y = gated_lowrank(x.movedim(1, -1), down.flatten(1), up, gate, out=last, mix_rank=mix_rank)
@@ -156,9 +174,43 @@ def gated_lowrank_conv(
     return out
 
 
-def needs_grad(*tensors: Tensor) -> bool:
+def _kernel_takes(x: Tensor, down: Tensor, up: Tensor, gate: Tensor, out: Tensor | None, mix_rank: int | None) -> bool:
+    """Whether the Triton kernel does this call; everything else takes the torch path on any device."""
+    mixes = mix_rank is None or (mix_rank & (mix_rank - 1) == 0 and not needs_grad(x, down, up, gate, out))
+    return 0 < down.shape[0] <= MAX_KERNEL_RANK and mixes
+
+
+def _by_kernel(
+    path: KernelPath, x: Tensor, down: Tensor, up: Tensor, gate: Tensor, out: Tensor | None, mix_rank: int | None
+) -> Tensor:
+    """The update of x [B, T, in] by the kernel; the result lies in `out` [B, T, features] where that may be."""
+    from expunge.kernels.gpu.gated_lowrank import GatedLowrank, empty_result, gated_lowrank_op
+    from expunge.kernels.gpu.gated_lowrank import launch_gated_lowrank_forward as launch
+
+    dtype = x.dtype if out is None else out.dtype
+    recorded = needs_grad(x, down, up, gate, out)
+    down, up, gate = down.to(x.dtype).contiguous(), up.to(dtype).contiguous(), gate.float().contiguous()
+    if path == "op":
+        result: Tensor = gated_lowrank_op(x, down, up, gate, out, mix_rank)
+    elif recorded:
+        result = GatedLowrank.apply(x, down, up, gate, out)
+    else:
+        result = launch(x, down, up, gate, out, empty_result(x, up, None) if out is None else out, mix_rank)
+    return result
+
+
+def _landed(y: Tensor, out: Tensor, in_place: bool) -> Tensor:
+    """`y` in the shape of `out`; in `out` itself if that was asked for, whatever its strides."""
+    if not in_place:
+        return y
+    if y.data_ptr() != out.data_ptr():  # strides that no view [B, T, features] has: the kernel worked on a copy
+        out.copy_(y)
+    return out
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd records an operation on these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_shapes(x: Tensor, width: int, down: Tensor, up: Tensor, gate: Tensor, mix_rank: int | None) -> None:
