@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from report.assembly import amd_accesses, half_dots, ptx_accesses, tensor_cores
+from report.case import CASE_FILES
 from report.roofline import DEVICES, bound_us
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,3 +131,18 @@ def test_a_stream_that_no_kernel_has_is_refused(tmp_path: Path) -> None:
     done = run("--cases", str(wrong), "--target", "sm_90")
     assert done.returncode != 0
     assert "no kernel has the streams ['z']" in done.stderr
+
+
+def test_the_librarys_pinned_kernels(tmp_path: Path) -> None:
+    """No spills, 128-bit accesses on the main streams, tensor cores for every half-precision dot: all four targets."""
+    out = tmp_path / "report.json"
+    done = run("--pinned", "--json", str(out))
+    assert out.exists(), done.stderr
+    report = json.loads(out.read_text())
+    assert report["problems"] == []
+    assert done.returncode == 0
+    kernels = report["kernels"]
+    assert {one["target"] for one in kernels} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {one["op"] for one in kernels} == {path.stem.removeprefix("cases_") for path in CASE_FILES}
+    checked = [name for one in kernels if one["target"] == "sm_90" for name in one["streams"]]
+    assert checked  # the widths were looked at
