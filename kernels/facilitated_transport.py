@@ -93,13 +93,12 @@ def concept_similarity_reference(states: Tensor, concept_states: Tensor, owner: 
 def token_overlap_reference(tokens: TokenIds, n: int) -> Tensor:
     """The largest share of a concept's tokens that each prompt has, over the concepts of each SPM: `[B, n]` float32."""
     real = tokens.concepts != NO_TOKEN  # [C, S]
-    sizes = real.sum(1).clamp_min(1)
-    shares = [
-        ((tokens.concepts[:, :, None] == prompt).any(2) & real).sum(1).float() / sizes  # [C, S, T] -> [C]
-        for prompt in tokens.prompts
-    ]
-    share = torch.stack(shares) if shares else tokens.prompts.new_zeros(0, len(sizes), dtype=torch.float32)
-    return _largest(share, tokens.owner, n)
+    hits = torch.zeros(tokens.prompts.shape[0], real.shape[0], device=real.device)
+    for ids, counts in zip(
+        tokens.concepts.unbind(1), real.unbind(1), strict=True
+    ):  # the first, second, ... token of all
+        hits += (ids[:, None] == tokens.prompts[:, None, :]).any(2) & counts  # [B, C, T] -> [B, C]
+    return _largest(hits / real.sum(1).clamp_min(1), tokens.owner, n)
 
 
 def _largest(values: Tensor, owner: Tensor, n: int) -> Tensor:

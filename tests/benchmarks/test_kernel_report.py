@@ -118,6 +118,11 @@ class TestSamples:
         assert cases["product"] == [["scaled_product_kernel", 64]]
         assert cases["aligned copy"] == [["copy_kernel", 4]]
 
+    def test_bytes_are_counted_where_a_case_asks_for_it(self, samples: tuple[int, dict[str, Any], str]) -> None:
+        counts = {one["name"]: (one["asked"], one["unique"], one["least"]) for one in samples[1]["cases"]}
+        assert counts["aligned copy"] == (16384, 16384, 16384)
+        assert counts["product"] == (None, None, counts["product"][2])
+
 
 def test_it_refuses_to_run_interpreted() -> None:
     done = run("--cases", str(SAMPLES), TRITON_INTERPRET="1")
@@ -136,7 +141,7 @@ def test_a_stream_that_no_kernel_has_is_refused(tmp_path: Path) -> None:
 def test_the_librarys_pinned_kernels(tmp_path: Path) -> None:
     """No spills, 128-bit accesses on the main streams, tensor cores for every half-precision dot: all four targets."""
     out = tmp_path / "report.json"
-    done = run("--pinned", "--json", str(out))
+    done = run("--pinned", "--no-counts", "--json", str(out))
     assert out.exists(), done.stderr
     report = json.loads(out.read_text())
     assert report["problems"] == []
