@@ -43,7 +43,7 @@ slow: $(STAMP)
 	$(BIN)/pytest -m slow
 
 bench: $(STAMP)
-	@for script in benchmarks/bench_*.py benchmarks/kernel_report.py benchmarks/plot_kernels.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/bench_*.py benchmarks/kernel_report.py benchmarks/kernel_bars.py benchmarks/plot_kernels.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

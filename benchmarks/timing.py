@@ -34,6 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from expunge.kernels.testing.compare import relative_error
+from expunge.kernels.testing.recorder import peak_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_MS = 10.0  # CPU time of one sample: far above the clock's grain
 ROUNDS = (5, 200)  # least and most samples of each provider
@@ -107,21 +110,16 @@ def peer(package: str, make: Callable[[], Run]) -> Run | str:
     return make() if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-def relative_rms(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of the expected values; NaN counts as infinite."""
-    if found.shape != expected.shape:
-        return float("inf")
-    difference = (found.double() - expected).square().mean().sqrt()
-    scale = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    error = (difference / scale).item() if expected.numel() else 0.0
-    return error if error == error else float("inf")
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative root-mean-square error; infinite for another shape or NaN."""
+    return relative_error(found, expected) if found.shape == expected.shape else float("inf")
 
 
 def check(setting: Setting, name: str, run: Run) -> None:
     """Ends the program if a provider's result is wrong: no time is ever printed beside a wrong result."""
     found = run()
     pairs = zip(*(one if isinstance(one, tuple) else (one,) for one in (found, setting.expected)), strict=True)
-    worst = max(relative_rms(result, expected.to(result.device)) for result, expected in pairs)
+    worst = max(error(result, expected.to(result.device)) for result, expected in pairs)
     if not worst <= setting.tolerance:
         raise SystemExit(
             f"{name}, {setting.shape}, {setting.dtype}, {setting.mode}: relative RMS error {worst:.2e}, "
@@ -149,18 +147,6 @@ class CpuClock:
             run()
         return (time.process_time() - start) * 1e3 / calls
 
-    def peak_bytes(self, run: Run) -> int:
-        """Most bytes alive at once beyond those before the call, as PyTorch's allocator reports them."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
-            result = run()  # kept until the end: the result counts
-        events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-        alive = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            alive += event.nbytes()
-            peak = max(peak, alive)
-        del result
-        return peak
-
 
 class CudaClock:
     """Time between two CUDA events around one call, with cold caches."""
@@ -179,16 +165,6 @@ class CudaClock:
         end.record()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end))
-
-    def peak_bytes(self, run: Run) -> int:
-        """Most bytes alive at once beyond those before the call."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
 
 
 Clock = CpuClock | CudaClock
@@ -230,7 +206,7 @@ def measure(op: str, setting: Setting, clock: Clock, seconds: float, bandwidth: 
             print(f"{op}, {setting.shape}: {name} left out: {reason}")
     for name, run in runs.items():
         check(setting, name, run)
-    peaks = {name: clock.peak_bytes(run) for name, run in runs.items()}
+    peaks = {name: peak_bytes(run) for name, run in runs.items()}
     for name, samples in sample_all(runs, clock, seconds).items():
         low, middle, high = percentiles(samples)
         share = None if bandwidth is None else setting.least / (middle * 1e-3) / bandwidth

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expunge.errors import InvalidInputError, NonFiniteError
-from expunge.kernels.facilitated_transport import facilitated_transport
+from expunge.kernels.facilitated_transport import NO_TOKEN, TokenIds, facilitated_transport, padded_ids
 
 ROWS_FIX = "Call the denoiser with the text states [rows, length, width] of its text encoder."
 
@@ -72,6 +73,16 @@ class GateRecord:
     prompts: tuple[int, ...]
 
 
+class ConceptTables(NamedTuple):
+    """A bank's tensors on one device, as `facilitated_transport` takes them."""
+
+    states: Tensor
+    owner: Tensor
+    thresholds: Tensor
+    tokens: Tensor
+    token_owner: Tensor
+
+
 @dataclass(eq=False)
 class ConceptBank:
     """The gate's side of all SPMs of one attachment.
@@ -91,7 +102,7 @@ class ConceptBank:
     thresholds: Tensor
     constant: float | None
     gate_negative: bool
-    _on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _on_device: dict[torch.device, ConceptTables] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_on_device": {}}  # copies that can be made again
@@ -101,25 +112,16 @@ class ConceptBank:
         """N, the number of SPMs."""
         return len(self.tokens)
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """States (there must be some), owner and thresholds on a device; copied once."""
+    def on(self, device: torch.device) -> ConceptTables:
+        """States (there must be some), owners, thresholds and token ids on a device; copied once."""
         if device not in self._on_device:
             assert self.states is not None
-            self._on_device[device] = (self.states.to(device), self.owner.to(device), self.thresholds.to(device))
+            sets = [(index, concept) for index, spm in enumerate(self.tokens) for concept in spm if concept]
+            token_owner = torch.tensor([index for index, _ in sets], dtype=torch.int64)
+            tokens = padded_ids(concept for _, concept in sets)
+            tables = (self.states, self.owner, self.thresholds, tokens, token_owner)
+            self._on_device[device] = ConceptTables(*(table.to(device) for table in tables))
         return self._on_device[device]
-
-    def token_overlap(self, prompts: Sequence[set[int]]) -> Tensor:
-        """`[P, N]` float32: the largest share of a concept's tokens that each prompt has, over the SPM's concepts."""
-        return torch.tensor(
-            [
-                [
-                    max((len(concept & prompt) / len(concept) for concept in spm if concept), default=0.0)
-                    for spm in self.tokens
-                ]
-                for prompt in prompts
-            ],
-            dtype=torch.float32,
-        )
 
 
 def negative_rows(rows: int, info: CallInfo | None) -> int:
@@ -154,7 +156,6 @@ def decide(bank: ConceptBank, states: Tensor, info: CallInfo | None) -> tuple[Te
     if info is not None and len(positive) != info.positive_rows:
         info = None  # other rows than the pipeline told of: each by itself
     finite = states.isfinite().all()
-    overlap = None
     if bank.constant is not None:
         gates = states.new_full((len(positive), bank.size), bank.constant, dtype=torch.float32)
         read = finite.view(1).cpu()
@@ -166,14 +167,10 @@ def decide(bank: ConceptBank, states: Tensor, info: CallInfo | None) -> tuple[Te
                 found="adapters without any",
                 fix="Attach adapters with concept states, or set the gates by Attachment.force.",
             )
-        concepts, owner, thresholds = bank.on(states.device)
-        if other_states is not None:
-            concepts = other_states.to(states.device, torch.float32)
-        if info is not None and info.token_ids is not None:
-            overlap = _counted_overlap(bank, info, positive)
-        gates, scores = facilitated_transport(
-            positive, concepts, owner, bank.size, token_overlap=overlap, threshold=thresholds
-        )
+        tables = bank.on(states.device)
+        concepts = tables.states if other_states is None else other_states.to(states.device, torch.float32)
+        tokens = None if info is None or info.token_ids is None else _token_ids(tables, info, positive)
+        gates, scores, overlap = facilitated_transport(positive, concepts, tables.owner, tables.thresholds, tokens)
         parts = [gates, scores] if overlap is None else [gates, scores, overlap]
         read = torch.cat([finite.float().view(1), *(part.flatten() for part in parts)]).cpu()  # the one synchronisation
     if not read[0]:
@@ -189,16 +186,18 @@ def decide(bank: ConceptBank, states: Tensor, info: CallInfo | None) -> tuple[Te
     return gates, record
 
 
-def _counted_overlap(bank: ConceptBank, info: CallInfo, positive: Tensor) -> Tensor:
-    """`[P, N]`: the overlap of rows whose states are still those of their prompt; 0 for the others."""
+def _token_ids(tables: ConceptTables, info: CallInfo, positive: Tensor) -> TokenIds:
+    """The concepts' tokens and those of each row whose states are still those of its prompt; the others have none."""
     assert info.token_ids is not None
-    overlap = bank.token_overlap(info.token_ids).to(positive.device, non_blocking=True)
-    if info.states is None:
-        return overlap
-    known = info.states.to(positive.device, positive.dtype)
-    if known.shape != positive.shape:
-        return torch.zeros_like(overlap)
-    return overlap * (known == positive).flatten(1).all(1)[:, None]  # [P, N] * [P, 1]
+    prompts = padded_ids(info.token_ids).to(positive.device, non_blocking=True)  # [P, T]
+    if info.states is not None:
+        known = info.states.to(positive.device, positive.dtype)
+        if known.shape == positive.shape:
+            same = (known == positive).flatten(1).all(1)
+            prompts = torch.where(same[:, None], prompts, NO_TOKEN)
+        else:
+            prompts = torch.full_like(prompts, NO_TOKEN)
+    return TokenIds(prompts, tables.tokens, tables.token_owner)
 
 
 def _record(bank: ConceptBank, read: Tensor, gates: Tensor, negative: int) -> GateRecord:

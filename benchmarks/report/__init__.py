@@ -11,7 +11,8 @@
 `forward` runs with fake CUDA tensors, so no value may be read (`.item()`, `.tolist()`, boolean indexing): make index
 tensors by `torch.arange` and the like, and call what launches, not the custom op around it, which would run its fake.
 Every kernel launched on the way is compiled for every target, as it was launched: same tiles, same alignment (a
-view's storage offset counts), same integers.
+view's storage offset counts), same integers. A case with `counted=True` also runs in Triton's interpreter on CPU
+tensors of the same shapes, with the tiles of a GPU, under the guard that counts bytes: up to some hundred programs.
 
 `python benchmarks/kernel_report.py --op x` prints the op's rows; `--pinned` takes the subset that a test holds.
 """

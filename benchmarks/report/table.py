@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from report.assembly import Widths
+from report.count import Counted
 from report.measure import Driven, Record
 from report.roofline import DEVICES, bound_us
 
@@ -58,19 +59,31 @@ def launches_text(launches: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{name} x{times[name]} ({programs[name]} programs)" for name in times)
 
 
-def print_cases(driven: Sequence[Driven], targets: Sequence[str]) -> None:
-    """One line for each case: what it launches, what it must move, and the bound on each device."""
+def print_cases(driven: Sequence[Driven], targets: Sequence[str], counts: Mapping[tuple[str, str], Counted]) -> None:
+    """One line for each case: what it launches, what it must move and what it moves, and the bound on each device."""
     table = Table(title="Cases; bounds in microseconds, from data-sheet bandwidths and peaks", title_justify="left")
-    for name in ("op", "case", "launches", "least B", "flops", *(DEVICES[target].name for target in targets)):
+    for name in (
+        "op",
+        "case",
+        "launches",
+        "least B",
+        "asked / least",
+        "unique / least",
+        "flops",
+        *(DEVICES[target].name for target in targets),
+    ):
         table.add_column(name, overflow="fold")
-    for one in driven:
-        case = one.case
+    for drive in driven:
+        case = drive.case
+        count = counts.get((case.op, case.name))
+        ratios = ("-", "-") if count is None else (f"{one / case.least:.3f}" for one in (count.asked, count.unique))
         bounds = [bound_us(DEVICES[target], case.least, case.flops, case.dot_bits) for target in targets]
         table.add_row(
             case.op,
             case.name,
-            launches_text(one.launches),
+            launches_text(drive.launches),
             f"{case.least:,}",
+            *ratios,
             f"{case.flops:,}",
             *(f"{time:.2f} {what}" for time, what in bounds),
         )

@@ -116,21 +116,37 @@ def gated_lowrank_bwd_kernel(
 # more; h [BM, BR] takes BM * BR / (32 * warps) registers of a thread.
 TOKENS = ((4, 32, 4), (8, 64, 4), (32, 128, 8), (64, 64, 4), (128, 64, 8), (256, 32, 8), (512, 16, 8))
 MAX_RANK = TOKENS[-1][0]
-PROGRAMS = 64  # fewer leave most of a GPU idle: the output's features are then split over programs
+SMALL = 256  # tokens of all rows up to which the output's features are split over two programs, which both read x
 
 
 def tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int) -> dict[str, Any]:
     """Tiles of a launch: BM tokens, BR hidden, BK of the input's and BN of the output's features, SPLITS, warps."""
     if INTERPRETED:
         return {"BM": 16, "BR": max(16, next_power_of_2(rank)), "BK": 32, "BN": 32, "SPLITS": 1, "num_warps": 4}
+    return gpu_tiles(rows, tokens, rank, features, itemsize)
+
+
+def gpu_tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int) -> dict[str, Any]:
+    """The same on a GPU, from `TOKENS` and `SMALL`."""
     bm, warps = next((bm, warps) for limit, bm, warps in TOKENS if rank <= limit)
     bn = 32 if itemsize == 4 or rank > 64 else 64
-    programs = rows * cdiv(tokens, bm)
-    # Every split reads x again: worth it where x is small.
-    most = 8 if rows * tokens <= 256 else 2
-    splits = max(1, min(PROGRAMS // max(programs, 1), cdiv(features, bn), most))
+    splits = 2 if rows * tokens <= SMALL and features > bn else 1
     bk = 32 if itemsize == 4 or rank > 64 else 64
     return {"BM": bm, "BR": max(16, next_power_of_2(rank)), "BK": bk, "BN": bn, "SPLITS": splits, "num_warps": warps}
+
+
+def forward_bytes(rows: int, tokens: int, width: int, features: int, rank: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that one forward launch on a GPU asks for, and the least that must move; all tensors of one dtype.
+
+    Least: x, out and the factors and gates read once, y written once. A program reads the factors and gates again, and
+    every split reads x, the down factors and the gates again; what is asked again comes from the caches.
+    """
+    sizes = gpu_tiles(rows, tokens, rank, features, itemsize)
+    programs, splits = rows * cdiv(tokens, sizes["BM"]), sizes["SPLITS"]
+    x, y = rows * tokens * width * itemsize, rows * tokens * features * itemsize
+    down, up, gates = rank * width * itemsize, rank * features * itemsize, 4 * rank
+    asked = splits * x + 2 * y + programs * (splits * (down + gates) + up)
+    return asked, x + 2 * y + down + up + rows * gates
 
 
 def launch_gated_lowrank_forward(

@@ -57,7 +57,7 @@ CASES = [
     Case("sample", "product", product, least=LEAST, flops=2 * 4096 * 320 * 16, streams=STREAMS, pinned=True),
     Case("sample", "the same again", product, least=LEAST, flops=2 * 4096 * 320 * 16, streams=STREAMS, pinned=True),
     Case("sample", "float32", lambda device: product(device, torch.float32), least=2 * LEAST, dot_bits=32),
-    Case("sample", "aligned copy", copy, least=16384, streams=STREAMS, pinned=True),
+    Case("sample", "aligned copy", copy, least=16384, streams=STREAMS, counted=True),
     Case("narrow", "copy from an odd address", lambda device: copy(device, 1), least=16384, streams=STREAMS),
     Case("spilling", "one warp for 32768 numbers", greedy, least=262144),
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from report.assembly import amd_accesses, half_dots, ptx_accesses, tensor_cores
+from report.case import CASE_FILES
 from report.roofline import DEVICES, bound_us
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +118,11 @@ class TestSamples:
         assert cases["product"] == [["scaled_product_kernel", 64]]
         assert cases["aligned copy"] == [["copy_kernel", 4]]
 
+    def test_bytes_are_counted_where_a_case_asks_for_it(self, samples: tuple[int, dict[str, Any], str]) -> None:
+        counts = {one["name"]: (one["asked"], one["unique"], one["least"]) for one in samples[1]["cases"]}
+        assert counts["aligned copy"] == (16384, 16384, 16384)
+        assert counts["product"] == (None, None, counts["product"][2])
+
 
 def test_it_refuses_to_run_interpreted() -> None:
     done = run("--cases", str(SAMPLES), TRITON_INTERPRET="1")
@@ -130,3 +136,18 @@ def test_a_stream_that_no_kernel_has_is_refused(tmp_path: Path) -> None:
     done = run("--cases", str(wrong), "--target", "sm_90")
     assert done.returncode != 0
     assert "no kernel has the streams ['z']" in done.stderr
+
+
+def test_the_librarys_pinned_kernels(tmp_path: Path) -> None:
+    """No spills, 128-bit accesses on the main streams, tensor cores for every half-precision dot: all four targets."""
+    out = tmp_path / "report.json"
+    done = run("--pinned", "--no-counts", "--json", str(out))
+    assert out.exists(), done.stderr
+    report = json.loads(out.read_text())
+    assert report["problems"] == []
+    assert done.returncode == 0
+    kernels = report["kernels"]
+    assert {one["target"] for one in kernels} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {one["op"] for one in kernels} == {path.stem.removeprefix("cases_") for path in CASE_FILES}
+    checked = [name for one in kernels if one["target"] == "sm_90" for name in one["streams"]]
+    assert checked  # the widths were looked at

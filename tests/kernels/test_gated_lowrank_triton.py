@@ -208,6 +208,18 @@ def test_bytes(counts) -> None:
     assert counts.programs == 2
 
 
+@pytest.mark.parametrize("rank", [1, 6, 16, 40])
+@pytest.mark.parametrize("tokens", [5, 130])
+def test_bytes_with_the_tiles_of_a_gpu(rank: int, tokens: int, counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from expunge.kernels.gpu import gated_lowrank as gpu
+
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    x, down, up, gate, out = operands(2, tokens, 48, 144, rank, torch.float16)
+    expected = gated_lowrank_reference(*doubles([x, down, up, gate, out]))
+    assert_close("y", gated_lowrank(x, down, up, gate, out=out), expected)
+    assert (counts.asked, counts.unique) == gpu.forward_bytes(2, tokens, 48, 144, rank, 2)
+
+
 def test_custom_op() -> None:
     from expunge.kernels.gpu.gated_lowrank import gated_lowrank_op
 
