@@ -180,7 +180,7 @@ def gradient_tiles(itemsize: int) -> dict[str, dict[str, Any]]:
         side = 16 if INTERPRETED else 32
         return {name: {"BM": side, "BN": side, "BK": side, "num_warps": 4} for name in ("gap", "states", "head")}
     return {
-        "gap": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8},
+        "gap": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 8},
         "states": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4},
         "head": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 8},
     }

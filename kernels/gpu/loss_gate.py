@@ -20,15 +20,17 @@ def _groups(
     HAS_COUNTS: tl.constexpr, ELEMENT: tl.constexpr, BG: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Sums of the groups g, whether they are kept, what each counts for, and their thresholds, all [BG]."""
-    total = tl.zeros([BG], tl.float32)
-    count = tl.zeros([BG], tl.int64)
+    # Summed after the loop: Triton's thread-locality pass fails on a sum of sums in it.
+    part = tl.zeros([BG, BW], tl.float32)
+    parts = tl.zeros([BG, BW], tl.int32)
     for start in range(0, window, BW):
         w = start + tl.arange(0, BW)
         r = g.to(tl.int64)[:, None] * window + w[None, :]
         m = (g < groups)[:, None] & (w < window)[None, :] & (r < rows)
-        total += tl.sum(tl.load(losses + r, mask=m, other=0.0), 1)
+        part += tl.load(losses + r, mask=m, other=0.0)
         if HAS_COUNTS:
-            count += tl.sum(tl.load(counts + r, mask=m, other=0).to(tl.int64), 1)
+            parts += tl.load(counts + r, mask=m, other=0)
+    total, count = tl.sum(part, 1), tl.sum(parts.to(tl.int64), 1)
     limit = tl.load(threshold + g * s_threshold, mask=g < groups, other=0.0)
     kept = g < groups
     if not ELEMENT:

@@ -75,6 +75,7 @@ def launch_masked_mse(
     window: int,
     mean: bool,
     element: bool,
+    *,
     grad: bool,
 ) -> Five:
     """Loss [], group losses [G], kept [G], and for backward the residual [R, D] and each row's factor [R]."""
