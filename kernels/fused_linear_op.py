@@ -9,6 +9,7 @@ weight [V, D] and bias [V]; a gradient that is not wanted has no elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from expunge.kernels.dispatch import kernel_path
 from expunge.kernels.fused_linear_chunks import Chunks, Problem, Result, Wanted
 from expunge.kernels.loss_gate import GatedLoss, scale_rows
 
+Scale = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -38,19 +40,24 @@ def remember(ctx: Any, results: Seven, bias: Tensor | None, states: Tensor, weig
     ctx.dtypes = states.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
 
 
-def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(ctx: Any, upstream: Tensor, scale: Scale) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of states, weight and bias that are needed: those of forward times the loss's own."""
     factor, states, *head = ctx.saved_tensors
-    scaled = [scaled_states(states, factor, upstream, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None]
+    scaled = [scale(states, factor, upstream, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None]
     for gradient, dtype, needed in zip(head, ctx.dtypes[1:], ctx.needs_input_grad[1:3], strict=True):
         scaled.append((gradient * upstream).to(dtype) if needed else None)
     return scaled[0], scaled[1], scaled[2]
 
 
-def scaled_states(states: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """states [R, D] times each row's factor; compiled code fuses the product with what follows it."""
-    if kernel_path("fused_linear_loss", states) != "triton":
-        return scale_rows(states, factor * upstream, dtype)
+def scale_traced(states: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """states [R, D] times each row's factor, for the compiler to fuse with what follows."""
+    return scale_rows(states, factor * upstream, dtype)
+
+
+def scale_eager(states: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in one kernel, where there is one."""
+    if kernel_path("fused_linear_loss", states) == "torch":
+        return scale_traced(states, factor, upstream, dtype)
     from expunge.kernels.gpu.loss_gate import launch_scale_rows
 
     return launch_scale_rows(states, factor, upstream, dtype)
@@ -77,7 +84,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *backward(ctx, upstream), None, None, None
+        return *backward(ctx, upstream, scale_eager), None, None, None
 
 
 def fused_linear_eager(problem: Problem, wanted: Wanted, chunk_rows: int | None, chunk_words: int | None) -> GatedLoss:
@@ -141,7 +148,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
 
 
 def op_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *backward(ctx, upstream), *(None,) * 10
+    return *backward(ctx, upstream, scale_traced), *(None,) * 10
 
 
 linear_loss.register_autograd(op_backward, setup_context=setup_context)

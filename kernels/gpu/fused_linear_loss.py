@@ -128,7 +128,7 @@ def statistics_tiles(itemsize: int, teacher: bool) -> dict[str, Any]:
     if INTERPRETED:
         return {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4}
     if itemsize == 4:
-        return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4}
+        return {"BM": 32, "BN": 32, "BK": 16, "num_warps": 4}
     return {"BM": 64 if teacher else 128, "BN": 128, "BK": 32, "num_warps": 8}
 
 
