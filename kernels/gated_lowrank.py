@@ -31,7 +31,7 @@ from torch import Tensor
 from expunge.errors import InvalidInputError, UnsupportedOperationError
 from expunge.kernels.dispatch import KernelPath, kernel_path
 
-MAX_KERNEL_RANK = 512
+MAX_KERNEL_RANK, MAX_MIXED_RANK = 512, 128
 
 
 def gated_lowrank_reference(
@@ -176,8 +176,11 @@ def gated_lowrank_conv(
 
 def _kernel_takes(x: Tensor, down: Tensor, up: Tensor, gate: Tensor, out: Tensor | None, mix_rank: int | None) -> bool:
     """Whether the Triton kernel does this call; everything else takes the torch path on any device."""
-    mixes = mix_rank is None or (mix_rank & (mix_rank - 1) == 0 and not needs_grad(x, down, up, gate, out))
-    return 0 < down.shape[0] <= MAX_KERNEL_RANK and mixes
+    columns = down.shape[0]
+    mixes = mix_rank is None or (
+        columns <= MAX_MIXED_RANK and mix_rank & (mix_rank - 1) == 0 and not needs_grad(x, down, up, gate, out)
+    )
+    return 0 < columns <= MAX_KERNEL_RANK and mixes
 
 
 def _by_kernel(

@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from expunge.kernels.gpu.gated_lowrank import launch_gated_lowrank_backward, launch_gated_lowrank_forward
+from expunge.kernels.gpu.gated_lowrank import launch_gated_lowrank_forward
+from expunge.kernels.gpu.gated_lowrank_backward import launch_gated_lowrank_backward
 from report.case import Case
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -72,7 +73,8 @@ def case(direction: str, site: tuple[str, str, int, int, int], rank: int, dtype:
         least=factors + (x + 2 * y if direction == "forward" else 2 * x + y + hidden),
         flops=2 * ROWS * tokens * rank * (width + features) * (1 if direction == "forward" else 2),
         dot_bits=8 * size,
-        streams=("x", "out", "y") if direction == "forward" else ("x", "dy", "dx"),
+        # Beyond 256 columns tiles are too small for 128 bits a thread.
+        streams=() if rank > 256 else ("x", "out", "y") if direction == "forward" else ("x", "dy", "dx"),
         pinned=pinned,
     )
 
@@ -91,5 +93,5 @@ CASES = (
         for rank in (1, 16)
         for dtype in DTYPES
     ]
-    + [case("backward", SITES[0], rank, dtype) for rank in (40, 100, 200, 512) for dtype in DTYPES]
+    + [case("backward", SITES[0], rank, dtype) for rank in (8, 40) for dtype in DTYPES]
 )

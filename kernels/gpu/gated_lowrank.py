@@ -4,7 +4,7 @@ A program owns BM tokens of one row of the batch, so its gates are one vector. I
 keeps h [BM, BR] in registers, gates it there, and streams the output once: y = out + h upᵀ. Nothing of the hidden
 product goes to memory. Bytes: x once, out once, y once, and the factors once a program, which come from L2.
 
-The backward pass recomputes h the same way and leaves the two small sums over all tokens (for down and up) to cuBLAS.
+The backward pass is in `gated_lowrank_backward.py`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ import triton.language as tl
 from torch import Tensor
 
 from expunge.kernels.gpu.common import DOT_PRECISION, INTERPRETED, cdiv, next_power_of_2
+from expunge.kernels.gpu.gated_lowrank_backward import launch_gated_lowrank_backward
 
 
 @triton.jit
-def _hidden(
-    x, down, t, m_t, width, rank, s_xt, s_xc,
-    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """h [BM, BR] = x downᵀ of the tokens t, in float32; `x` points at the row of the batch."""
-    r = tl.arange(0, BR)
-    h = tl.zeros([BM, BR], tl.float32)
-    for k in range(0, width, BK):
-        c = k + tl.arange(0, BK)
-        m_c = c < width
-        o_x = t.to(tl.int64)[:, None] * s_xt + c.to(tl.int64)[None, :] * s_xc
-        b_x = tl.load(x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)  # [BM, BK]
-        b_down = tl.load(down + r[:, None] * width + c[None, :], mask=(r < rank)[:, None] & m_c[None, :], other=0.0)
-        h = tl.dot(b_x, tl.trans(b_down), h, input_precision=PREC)
-    return h
+def _columns(down, c, m_c, r, rank, width):
+    """down [BR, BK] of the columns r and the input's features c."""
+    return tl.load(down + r[:, None] * width + c[None, :], mask=(r < rank)[:, None] & m_c[None, :], other=0.0)
 
 
 @triton.jit
-def gated_lowrank_fwd_kernel(
+def _gated(h, gate, r, rank):
+    return h * tl.load(gate + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _delta(h, up, c, m_c, r, rank, delta, PREC: tl.constexpr):
+    """delta [BM, BN] + h upᵀ over the columns r."""
+    b_up = tl.load(up + c[:, None] * rank + r[None, :], mask=m_c[:, None] & (r < rank)[None, :], other=0.0)
+    return tl.dot(h.to(up.dtype.element_ty), tl.trans(b_up), delta, input_precision=PREC)
+
+
+@triton.jit
+def gated_lowrank_fwd_kernel(  # noqa: C901 (constexpr branches: no more than four ever stand in one compiled kernel)
     x, down, up, gate, out, y,
     tokens, width, rank, features,
     s_xb, s_xt, s_xc, s_ob, s_ot, s_oc, s_yb, s_yt, s_yc, s_gb,
-    HAS_OUT: tl.constexpr, MIX: tl.constexpr,
+    HAS_OUT: tl.constexpr, MIX: tl.constexpr, CHUNKS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -50,20 +51,46 @@ def gated_lowrank_fwd_kernel(
     row = (pid // tiles).to(tl.int64)
     t = (pid % tiles) * BM + tl.arange(0, BM)
     m_t = t < tokens
-    r = tl.arange(0, BR)
-    h = _hidden(x + row * s_xb, down, t, m_t, width, rank, s_xt, s_xc, BM, BR, BK, PREC)
-    b_gate = tl.load(gate + row * s_gb + r, mask=r < rank, other=0.0).to(tl.float32)
-    h *= b_gate[None, :]
-    if MIX > 0:  # the reference's inference: h of all SPMs summed, then gated again
-        mixed = tl.sum(tl.reshape(h, [BM, BR // MIX, MIX]), 1)  # [BM, N*r] -> [BM, r]
-        h = tl.reshape(tl.broadcast_to(mixed[:, None, :], [BM, BR // MIX, MIX]), [BM, BR]) * b_gate[None, :]
-    b_h = h.to(up.dtype.element_ty)
     t64 = t.to(tl.int64)[:, None]
+    r = tl.arange(0, BR)
+    # Up to four chunks of BR columns, each with a hidden product of its own: a dot over all 512 columns at once would
+    # hold its operands' 512 columns in registers.
+    h0 = tl.zeros([BM, BR], tl.float32)
+    if CHUNKS > 1:
+        h1 = tl.zeros([BM, BR], tl.float32)
+    if CHUNKS > 2:
+        h2 = tl.zeros([BM, BR], tl.float32)
+        h3 = tl.zeros([BM, BR], tl.float32)
+    for k in range(0, width, BK):
+        c = k + tl.arange(0, BK)
+        m_c = c < width
+        o_x = row * s_xb + t64 * s_xt + c.to(tl.int64)[None, :] * s_xc
+        b_x = tl.load(x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)  # [BM, BK]
+        h0 = tl.dot(b_x, tl.trans(_columns(down, c, m_c, r, rank, width)), h0, input_precision=PREC)
+        if CHUNKS > 1:
+            h1 = tl.dot(b_x, tl.trans(_columns(down, c, m_c, r + BR, rank, width)), h1, input_precision=PREC)
+        if CHUNKS > 2:
+            h2 = tl.dot(b_x, tl.trans(_columns(down, c, m_c, r + 2 * BR, rank, width)), h2, input_precision=PREC)
+            h3 = tl.dot(b_x, tl.trans(_columns(down, c, m_c, r + 3 * BR, rank, width)), h3, input_precision=PREC)
+    gate += row * s_gb
+    h0 = _gated(h0, gate, r, rank)
+    if MIX > 0:  # the reference's inference: h of all SPMs summed, then gated again
+        mixed = tl.sum(tl.reshape(h0, [BM, BR // MIX, MIX]), 1)  # [BM, N*r] -> [BM, r]
+        h0 = _gated(tl.reshape(tl.broadcast_to(mixed[:, None, :], [BM, BR // MIX, MIX]), [BM, BR]), gate, r, rank)
+    if CHUNKS > 1:
+        h1 = _gated(h1, gate, r + BR, rank)
+    if CHUNKS > 2:
+        h2 = _gated(h2, gate, r + 2 * BR, rank)
+        h3 = _gated(h3, gate, r + 3 * BR, rank)
     for n in range(tl.program_id(1) * BN, features, BN * SPLITS):
         c = n + tl.arange(0, BN)
         m_c = c < features
-        b_up = tl.load(up + c[:, None] * rank + r[None, :], mask=m_c[:, None] & (r < rank)[None, :], other=0.0)
-        delta = tl.dot(b_h, tl.trans(b_up), input_precision=PREC)  # [BM, BN]
+        delta = _delta(h0, up, c, m_c, r, rank, tl.zeros([BM, BN], tl.float32), PREC)
+        if CHUNKS > 1:
+            delta = _delta(h1, up, c, m_c, r + BR, rank, delta, PREC)
+        if CHUNKS > 2:
+            delta = _delta(h2, up, c, m_c, r + 2 * BR, rank, delta, PREC)
+            delta = _delta(h3, up, c, m_c, r + 3 * BR, rank, delta, PREC)
         m = m_t[:, None] & m_c[None, :]
         c64 = c.to(tl.int64)[None, :]
         if HAS_OUT:
@@ -71,68 +98,35 @@ def gated_lowrank_fwd_kernel(
         tl.store(y + row * s_yb + t64 * s_yt + c64 * s_yc, delta.to(y.dtype.element_ty), mask=m)
 
 
-@triton.jit
-def gated_lowrank_bwd_kernel(
-    x, down, up, gate, dy, dx, gated, dh, dgate,
-    tokens, width, rank, features,
-    s_xb, s_xt, s_xc, s_yb, s_yt, s_yc, s_db, s_dt, s_dc, s_gb,
-    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """dx [B, T, in]; h ⊙ g and the gradient of h, both [B, T, R]; and each tile's share of the gates' gradient."""
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(tokens, BM)
-    row = (pid // tiles).to(tl.int64)
-    t = (pid % tiles) * BM + tl.arange(0, BM)
-    m_t = t < tokens
-    r = tl.arange(0, BR)
-    h = _hidden(x + row * s_xb, down, t, m_t, width, rank, s_xt, s_xc, BM, BR, BK, PREC)
-    t64 = t.to(tl.int64)[:, None]
-    d = tl.zeros([BM, BR], tl.float32)  # gradient of h ⊙ g
-    for n in range(0, features, BN):
-        c = n + tl.arange(0, BN)
-        m_c = c < features
-        o_y = t64 * s_yt + c.to(tl.int64)[None, :] * s_yc
-        b_dy = tl.load(dy + row * s_yb + o_y, mask=m_t[:, None] & m_c[None, :], other=0.0)  # [BM, BN]
-        b_up = tl.load(up + c[:, None] * rank + r[None, :], mask=m_c[:, None] & (r < rank)[None, :], other=0.0)
-        d = tl.dot(b_dy, b_up, d, input_precision=PREC)
-    b_gate = tl.load(gate + row * s_gb + r, mask=r < rank, other=0.0).to(tl.float32)
-    tl.store(dgate + pid.to(tl.int64) * rank + r, tl.sum(d * h, 0), mask=r < rank)
-    d *= b_gate[None, :]
-    o_h = (row * tokens + t64) * rank + r[None, :]
-    m_h = m_t[:, None] & (r < rank)[None, :]
-    tl.store(gated + o_h, (h * b_gate[None, :]).to(gated.dtype.element_ty), mask=m_h)
-    tl.store(dh + o_h, d.to(dh.dtype.element_ty), mask=m_h)
-    b_d = d.to(down.dtype.element_ty)
-    for k in range(0, width, BK):
-        c = k + tl.arange(0, BK)
-        m_c = c < width
-        b_down = tl.load(down + r[:, None] * width + c[None, :], mask=(r < rank)[:, None] & m_c[None, :], other=0.0)
-        b_dx = tl.dot(b_d, b_down, input_precision=PREC)  # [BM, BK]
-        o_d = row * s_db + t64 * s_dt + c.to(tl.int64)[None, :] * s_dc
-        tl.store(dx + o_d, b_dx.to(dx.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
-
-
 # rank at most -> tokens of a program and warps. The factors are read once a program, so more tokens where they weigh
 # more; h [BM, BR] takes BM * BR / (32 * warps) registers of a thread.
 TOKENS = ((4, 32, 4), (8, 64, 4), (32, 128, 8), (64, 64, 4), (128, 64, 8), (256, 32, 8), (512, 16, 8))
-MAX_RANK = TOKENS[-1][0]
+CHUNK = 128
 SMALL = 256  # tokens of all rows up to which the output's features are split over two programs, which both read x
 
 
 def tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int) -> dict[str, Any]:
-    """Tiles of a launch: BM tokens, BR hidden, BK of the input's and BN of the output's features, SPLITS, warps."""
+    """Tiles of a launch: BM tokens, BK of the input's and BN of the output's features, SPLITS, warps, columns."""
     if INTERPRETED:
-        return {"BM": 16, "BR": max(16, next_power_of_2(rank)), "BK": 32, "BN": 32, "SPLITS": 1, "num_warps": 4}
+        return {"BM": 16, "BK": 32, "BN": 32, "SPLITS": 1, "num_warps": 4} | columns(rank)
     return gpu_tiles(rows, tokens, rank, features, itemsize)
+
+
+def columns(rank: int) -> dict[str, int]:
+    """CHUNKS of BR columns each that cover the rank: 1, 2 or 4."""
+    return {"BR": min(max(16, next_power_of_2(rank)), CHUNK), "CHUNKS": cdiv(next_power_of_2(rank), CHUNK)}
 
 
 def gpu_tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int) -> dict[str, Any]:
     """The same on a GPU, from `TOKENS` and `SMALL`."""
     bm, warps = next((bm, warps) for limit, bm, warps in TOKENS if rank <= limit)
-    bn = 32 if itemsize == 4 or rank > 64 else 64
+    bn = 32 if itemsize == 4 or 64 < rank <= 128 else 64
+    if itemsize == 4 and 128 < rank <= 256:
+        bm, warps = 16, 4  # products of float32 take no tensor core: their operands lie in registers as well
+    if rank > 256:
+        bn, warps = (16, 8) if itemsize == 4 else (32, 4)
     splits = 2 if rows * tokens <= SMALL and features > bn else 1
-    bk = 32 if itemsize == 4 or rank > 64 else 64
-    return {"BM": bm, "BR": max(16, next_power_of_2(rank)), "BK": bk, "BN": bn, "SPLITS": splits, "num_warps": warps}
+    return {"BM": bm, "BK": bn, "BN": bn, "SPLITS": splits, "num_warps": warps} | columns(rank)
 
 
 def forward_bytes(rows: int, tokens: int, width: int, features: int, rank: int, itemsize: int) -> tuple[int, int]:
@@ -164,30 +158,6 @@ def launch_gated_lowrank_forward(
         HAS_OUT=out is not None, MIX=mix_rank or 0, PREC=DOT_PRECISION, **sizes,
     )  # fmt: skip
     return y
-
-
-def launch_gated_lowrank_backward(
-    x: Tensor, down: Tensor, up: Tensor, gate: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x [B, T, in], down [R, in], up [features, R] and gate [B, R] or [1, R], float32 but for x's."""
-    (rows, tokens, width), (features, rank) = x.shape, up.shape
-    dx = torch.empty_like(x)
-    sizes = tiles(rows, tokens, rank, features, max(x.element_size(), dy.element_size())) | {"SPLITS": 1}
-    del sizes["SPLITS"]
-    count = cdiv(tokens, sizes["BM"])
-    gated, dh = dy.new_empty(rows, tokens, rank), x.new_empty(rows, tokens, rank)
-    dgate = torch.empty(rows, count, rank, dtype=torch.float32, device=x.device)
-    if rows * tokens:
-        gated_lowrank_bwd_kernel[(rows * count,)](
-            x, down, up, gate, dy, dx, gated, dh, dgate, tokens, width, rank, features,
-            *x.stride(), *dy.stride(), *dx.stride(), gate.stride(0) if gate.shape[0] > 1 else 0,
-            PREC=DOT_PRECISION, **sizes,
-        )  # fmt: skip
-    # Sums over all tokens of all rows: [features, B*T] @ [B*T, R] and [R, B*T] @ [B*T, in].
-    dup = dy.reshape(-1, features).mT @ gated.view(-1, rank)
-    ddown = dh.view(-1, rank).mT @ x.reshape(-1, width)
-    per_row = dgate.sum(1)  # [B, R]
-    return dx, ddown, dup, per_row if gate.shape[0] == rows else per_row.sum(0, keepdim=True)
 
 
 class GatedLowrank(torch.autograd.Function):
