@@ -105,11 +105,11 @@ CHUNK = 128
 SMALL = 256  # tokens of all rows up to which the output's features are split over two programs, which both read x
 
 
-def tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int) -> dict[str, Any]:
+def tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int, nchw: bool = False) -> dict[str, Any]:
     """Tiles of a launch: BM tokens, BK of the input's and BN of the output's features, SPLITS, warps, columns."""
     if INTERPRETED:
         return {"BM": 16, "BK": 32, "BN": 32, "SPLITS": 1, "num_warps": 4} | columns(rank)
-    return gpu_tiles(rows, tokens, rank, features, itemsize)
+    return gpu_tiles(rows, tokens, rank, features, itemsize, nchw)
 
 
 def columns(rank: int) -> dict[str, int]:
@@ -117,10 +117,10 @@ def columns(rank: int) -> dict[str, int]:
     return {"BR": min(max(16, next_power_of_2(rank)), CHUNK), "CHUNKS": cdiv(next_power_of_2(rank), CHUNK)}
 
 
-def gpu_tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int) -> dict[str, Any]:
-    """The same on a GPU, from `TOKENS` and `SMALL`."""
+def gpu_tiles(rows: int, tokens: int, rank: int, features: int, itemsize: int, nchw: bool = False) -> dict[str, Any]:
+    """The same on a GPU, from `TOKENS` and `SMALL`; `nchw` where tokens lie side by side in memory."""
     bm, warps = next((bm, warps) for limit, bm, warps in TOKENS if rank <= limit)
-    bn = 32 if itemsize == 4 or 64 < rank <= 128 else 64
+    bn = 32 if itemsize == 4 or 64 < rank <= 128 or (nchw and rank > 8) else 64
     if itemsize == 4 and 128 < rank <= 256:
         bm, warps = 16, 4  # products of float32 take no tensor core: their operands lie in registers as well
     if rank > 256:
@@ -150,7 +150,7 @@ def launch_gated_lowrank_forward(
     (rows, tokens, width), (features, rank) = x.shape, up.shape
     if y.numel() == 0:
         return y
-    sizes = tiles(rows, tokens, rank, features, y.element_size())
+    sizes = tiles(rows, tokens, rank, features, y.element_size(), nchw=x.stride(1) < x.stride(2))
     base = y if out is None else out
     gated_lowrank_fwd_kernel[(rows * cdiv(tokens, sizes["BM"]), sizes["SPLITS"])](
         x, down, up, gate, base, y, tokens, width, rank, features,
