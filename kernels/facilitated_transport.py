@@ -36,6 +36,7 @@ from expunge.errors import InvalidInputError
 from expunge.kernels.dispatch import kernel_path
 
 NO_TOKEN = -1  # fills up rows of token ids
+COMPARISONS = 2**22  # tokens compared at a time by the reference
 
 
 class TokenIds(NamedTuple):
@@ -77,28 +78,23 @@ def concept_similarity_reference(states: Tensor, concept_states: Tensor, owner: 
     length, width = concept_states.shape[1:]
     concepts = concept_states.flatten(1)  # [M, L*D]
     norms = torch.linalg.vector_norm(concepts, dim=1)  # [M]
-    rows = []
-    for row in states.float():  # one row at a time: a matrix product would round rows by their place in the batch
-        chunks = row.reshape(-1, length * width)  # [k, L*D]
-        cosines = [
-            torch.mv(concepts, chunk)
-            / (norms * torch.linalg.vector_norm(chunk)).clamp_min(torch.finfo(torch.float32).tiny)
-            for chunk in chunks
-        ]
-        rows.append(torch.stack(cosines).amax(0))
-    best = torch.stack(rows) if rows else states.new_zeros(0, len(concepts), dtype=torch.float32)  # [B, M]
+    chunks = states.float().reshape(-1, length * width)  # [B*k, L*D]
+    if not len(chunks):
+        return chunks.new_zeros(0, n)
+    # One chunk at a time: a matrix product would round rows by their place in the batch.
+    dots = torch.stack([torch.mv(concepts, chunk) for chunk in chunks])  # [B*k, M]
+    lengths = torch.stack([torch.linalg.vector_norm(chunk) for chunk in chunks])[:, None]
+    cosines = dots / (norms * lengths).clamp_min(torch.finfo(torch.float32).tiny)
+    best = cosines.view(states.shape[0], -1, len(concepts)).amax(1) if len(chunks) > len(states) else cosines  # [B, M]
     return _largest(best, owner, n).clamp_max_(1.0)
 
 
 def token_overlap_reference(tokens: TokenIds, n: int) -> Tensor:
     """The largest share of a concept's tokens that each prompt has, over the concepts of each SPM: `[B, n]` float32."""
-    real = tokens.concepts != NO_TOKEN  # [C, S]
-    hits = torch.zeros(tokens.prompts.shape[0], real.shape[0], device=real.device)
-    for ids, counts in zip(
-        tokens.concepts.unbind(1), real.unbind(1), strict=True
-    ):  # the first, second, ... token of all
-        hits += (ids[:, None] == tokens.prompts[:, None, :]).any(2) & counts  # [B, C, T] -> [B, C]
-    return _largest(hits / real.sum(1).clamp_min(1), tokens.owner, n)
+    real, ids = tokens.concepts != NO_TOKEN, tokens.concepts[:, :, None]  # [C, S], [C, S, 1]
+    step = max(1, COMPARISONS // max(1, real.numel() * tokens.prompts.shape[1]))
+    hits = [((ids == some[:, None, None, :]).any(3) & real).sum(2) for some in tokens.prompts.split(step)]  # [step, C]
+    return _largest(torch.cat(hits).float() / real.sum(1).clamp_min(1), tokens.owner, n)
 
 
 def _largest(values: Tensor, owner: Tensor, n: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tqdm import tqdm
 from triton.compiler import CompiledKernel
 
 from report.assembly import Widths, amd_accesses, half_dots, ptx_accesses, tensor_cores
@@ -117,7 +118,7 @@ def measure(cases: Sequence[Case], targets: Sequence[str] = tuple(TARGETS)) -> t
     records: dict[tuple[str, str], Record] = {}
     driven = {}
     for target in targets:
-        for case in cases:
+        for case in tqdm(cases, desc=target, disable=None):  # compiling takes minutes: tell a terminal how far it is
             launches = launches_of(case, TARGETS[target])
             driven[case.op, case.name] = drive_record(case, launches)
             unknown = set(case.streams) - {name for one in launches for name in one.kernel.src.signature}

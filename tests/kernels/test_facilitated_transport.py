@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expunge.errors import InvalidInputError
+from expunge.kernels import facilitated_transport as reference
 from expunge.kernels.facilitated_transport import TokenIds, concept_similarity, facilitated_transport, padded_ids
 
 Sets = list[set[int]]
@@ -98,6 +99,14 @@ def test_padded_ids_are_sets() -> None:
     assert padded_ids([{3, 1}, set(), [2, 2]]).tolist() == [[1, 3], [-1, -1], [2, -1]]
     assert padded_ids([]).shape == (0, 1)
     assert padded_ids([set()]).tolist() == [[-1]]
+
+
+def test_overlap_is_the_same_a_few_prompts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = ids([{1}, {2, 3}, set(), {1, 2}, {3}], [{1, 2}, {3}], [0, 1])
+    expected = [[0.5, 0.0], [0.5, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    for comparisons in (1, 16, 2**22):
+        monkeypatch.setattr(reference, "COMPARISONS", comparisons)
+        assert reference.token_overlap_reference(tokens, 2).tolist() == expected
 
 
 def test_no_rows_and_no_concepts() -> None:
