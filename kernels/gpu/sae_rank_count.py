@@ -121,3 +121,24 @@ def launch_sae_rank_count_forward(
     found = torch.where(rank < number, found.clamp(max=k), k)
     counts = torch.full_like(own, k, dtype=torch.int32).scatter_(1, slots.mT, found.mT)
     return torch.where(counts < k, own, 0), counts
+
+
+def rank_count_bytes(
+    tokens: int, features: int, width: int, erased: int, candidates: int, *, probe: int, tile: dict[str, int], item: int
+) -> tuple[int, int]:
+    """Bytes that the kernels of one forward ask for, at most, and the least that must move.
+
+    Asked: scores of the erased features and of the first `probe` (0: none), then the pass over the encoder, whose
+    programs each read their tokens, their features, and the `candidates` of all tokens together, and add to the counts
+    of those that are beaten (an atomic reads and writes; counted as if every feature block beat every candidate).
+    Least: encoder, bias and tokens read once, candidates read once, their counts written once.
+    """
+    blocks = cdiv(tokens, tile["BT"])
+    row = item * (width + 1)  # a feature: its weights and its bias
+    total = 0
+    for count, ids in ((erased, 8), (probe, 0)):
+        columns = cdiv(count, tile["BN"])
+        total += blocks * count * (row + ids) + columns * tokens * item * width + 4 * tokens * count
+    columns = cdiv(features, tile["BN"])
+    total += blocks * features * row + columns * (tokens * (item * width + 4) + candidates * (8 + 8))
+    return total, features * row + tokens * (item * width + 4) + 12 * candidates

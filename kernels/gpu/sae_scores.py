@@ -104,9 +104,13 @@ def tiles(tokens: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     block = min(128, max(16, next_power_of_2(tokens)))  # tensor cores take no fewer than 16
     if width * dtype.itemsize % 16:  # rows that begin off 16 bytes are loaded singly: an address for each number
         return {"BT": min(block, 32), "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
-    if dtype == torch.float32:  # no tensor cores: the operands stand in registers, and more warps share a large tile
-        return {"BT": block, "BN": 128, "BK": 16, "num_warps": 16 if block == 128 else 8, "num_stages": 3}
-    return {"BT": block, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+    small = block == 16  # longer steps: 16 bytes of x for every thread all the same
+    shape = {"BT": block, "BN": 64 if small else 128, "num_warps": 8, "num_stages": 3}
+    if dtype != torch.float32:
+        return shape | {"BK": 128 if small else 64}
+    if block == 128:  # no tensor cores: the operands stand in registers, and more warps share a large tile
+        return shape | {"BK": 16, "num_warps": 16}
+    return shape | {"BK": 64 if small else 32}
 
 
 def encoder_arguments(encoder: Encoder, tile: dict[str, int]) -> dict[str, object]:

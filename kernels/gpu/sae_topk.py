@@ -78,9 +78,11 @@ def sae_topk_kernel(
     scores = tl.where(keep & m_t[:, None], scores, float("-inf"))
     count = tl.sum((scores > float("-inf")).to(tl.int32), 1)
     base = tl.atomic_add(used_ptr + o_t, count, mask=count > 0, sem="relaxed")
-    for i in range(tl.max(count, 0)):  # newcomers are few: one of each token at a time, the best first
+    # Reshaped because Triton 3.7 does not compile a reduction of a vector made by a reduction after tcgen05's dot.
+    most = tl.max(tl.reshape(count, (BT // 8, 8)))
+    for i in range(most):  # newcomers are few: one of each token at a time, the best first
         best = tl.max(scores, 1)
-        # Not tl.max(return_indices=True): Triton 3.7 fails to compile a reduction of pairs after tcgen05's dot.
+        # Not tl.max(return_indices=True): a reduction of pairs does not compile there either.
         column = tl.min(tl.where(scores == best[:, None], row[None, :], BN), 1)
         slot = base + i
         m_s = (i < count) & (slot < CAPACITY)

@@ -115,6 +115,27 @@ def test_tokens_without_candidates_read_nothing_of_the_encoder(make_sae: Make, t
         assert counts.read_asked < sae.w_enc.nbytes
 
 
+def test_bytes_are_those_of_the_formula(
+    make_sae: Make, triton_path: None, monkeypatch: pytest.MonkeyPatch, counts: Any
+) -> None:
+    from expunge.kernels.gpu.sae_rank_count import rank_count_bytes
+
+    if counts is None:
+        pytest.skip("bytes are counted by the interpreter's guard")
+    monkeypatch.setattr("expunge.kernels.gpu.sae_rank_count.PROBE", 16)
+    sae = make_sae(20, 300, 40, dtype=torch.float16)
+    features = torch.arange(100, 130)
+    sae_rank_count(sae.x, sae.w_enc, features, 4, b_enc=sae.b_enc)
+    own = sae.x.double() @ sae.w_enc.double().mT + sae.b_enc.double()
+    floor = own[:, :16].topk(4).values[:, -1:]
+    candidates = int((own[:, features] >= floor).logical_and(own[:, features] > 0).sum(1).clamp(max=4).sum())
+    given = {"probe": 16, "tile": {"BT": 16, "BN": 32}, "item": 2}
+    asked, least = rank_count_bytes(20, 300, 40, 30, candidates, **given)
+    unbeaten, _ = rank_count_bytes(20, 300, 40, 30, 0, **given)
+    assert unbeaten + 10 * 8 * candidates <= counts.asked <= asked
+    assert counts.unique >= least
+
+
 def test_leading_dimensions_and_strides(make_sae: Make, path: str) -> None:
     sae = make_sae(12, 66, 24, whole=True)
     features = torch.tensor([60, 2, 33])
