@@ -1,4 +1,4 @@
-"""The SAE path at CLIP-L's size and at width 1024: 77 tokens and 8 prompts of them, 2^17 and 2^19 features, k = 64.
+"""Shapes of the SAE cases: widths of CLIP-L and 1024, one and 8 prompts of 77 tokens, 2^17 and 2^19 features, k = 64.
 
 Width 770 stands for rows that do not begin at a multiple of 16 bytes: smaller tiles, and single loads.
 """
@@ -10,10 +10,6 @@ from functools import partial
 
 import torch
 
-from expunge.kernels.gpu.sae_delta import launch_sae_delta_forward
-from expunge.kernels.gpu.sae_rank_count import launch_rank_count
-from expunge.kernels.gpu.sae_scores import launch_scores
-from expunge.kernels.gpu.sae_topk import launch_range
 from expunge.kernels.sae_encoder import Encoder
 from report.case import Case
 
@@ -32,30 +28,6 @@ def inputs(device: torch.device, shape: Shape, dtype: str) -> tuple[torch.Tensor
     bias = torch.randn(features, device=device, dtype=DTYPES[dtype])
     x = torch.randn(tokens, width, device=device, dtype=DTYPES[dtype])
     return x, Encoder(weight, bias, None, DTYPES[dtype])
-
-
-def scores(device: torch.device, shape: Shape, dtype: str) -> None:
-    x, encoder = inputs(device, shape, dtype)
-    launch_scores(x, encoder, torch.arange(ERASED, device=device), ERASED)
-
-
-def rank_count(device: torch.device, shape: Shape, dtype: str) -> None:
-    x, encoder = inputs(device, shape, dtype)
-    values = torch.randn(K, shape[0], device=device)
-    ids = torch.empty_like(values, dtype=torch.int32)
-    launch_rank_count(x, encoder, values, ids, torch.empty(shape[0], dtype=torch.int32, device=device))
-
-
-def topk(device: torch.device, shape: Shape, dtype: str) -> None:
-    x, encoder = inputs(device, shape, dtype)
-    best = torch.empty(shape[0], K, dtype=torch.int64, device=device)
-    launch_range(x, encoder, best, START, shape[1], 32 * K)
-
-
-def delta(device: torch.device, shape: Shape, dtype: str) -> None:
-    x, encoder = inputs(device, shape, dtype)
-    amount = torch.randn(shape[0], ERASED, device=device)
-    launch_sae_delta_forward(x, amount, encoder.weight, torch.arange(ERASED, device=device))
 
 
 def bytes_of(op: str, shape: Shape, dtype: str) -> int:
@@ -93,14 +65,6 @@ def case(op: str, launch: Callable[[torch.device, Shape, str], None], shape: Sha
     )
 
 
-CASES = [
-    case(op, launch, shape, dtype)
-    for op, launch in (
-        ("sae_encoder", scores),
-        ("sae_rank_count", rank_count),
-        ("sae_topk", topk),
-        ("sae_delta", delta),
-    )
-    for dtype in DTYPES
-    for shape in SHAPES
-]
+def cases(op: str, launch: Callable[[torch.device, Shape, str], None]) -> list[Case]:
+    """The op's launch at every shape and dtype."""
+    return [case(op, launch, shape, dtype) for dtype in DTYPES for shape in SHAPES]
