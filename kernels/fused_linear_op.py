@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from expunge.kernels.dispatch import kernel_path
 from expunge.kernels.fused_linear_chunks import Chunks, Problem, Result, Wanted
-from expunge.kernels.loss_gate import GatedLoss, scale_rows
+from expunge.kernels.loss_gate import GatedLoss, scale_rows, scale_rows_eagerly
 
 Scale = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -57,7 +57,7 @@ def scale_traced(states: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.
 def scale_eager(states: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in one kernel, where there is one."""
     if kernel_path("fused_linear_loss", states) == "torch":
-        return scale_traced(states, factor, upstream, dtype)
+        return scale_rows_eagerly(states, factor * upstream, dtype)
     from expunge.kernels.gpu.loss_gate import launch_scale_rows
 
     return launch_scale_rows(states, factor, upstream, dtype)

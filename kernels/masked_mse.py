@@ -16,15 +16,19 @@ Bytes: the gradient does not depend on the gate but for a factor a row, so that 
 writes the residual d in place of the gradient; a small kernel sums and gates the rows' losses, and backward scales the
 residual's rows. The residual and not the gradient is what is stored, since (2 / D) d may be too small for float16.
 
-The torch reference below is the CPU path and the oracle of the tests.
+The torch reference below is the oracle of the tests, and what Inductor compiles on a CPU. In eager mode a CPU takes the
+same way as the kernel, some rows at a time, so that what is in between stays in the cache.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from expunge.errors import InvalidInputError
 from expunge.kernels.dispatch import kernel_path
@@ -37,8 +41,12 @@ from expunge.kernels.loss_gate import (
     check_gate,
     loss_gate_reference,
     normaliser,
+    scale_rows_eagerly,
+    spread,
     sum_dtype,
 )
+
+BLOCK = 1 << 16  # elements of a block of rows: its four states and what is made of them stay in a core's cache
 
 
 def masked_mse_reference(
@@ -62,6 +70,74 @@ def masked_mse_reference(
     losses = torch.where(kept, squares, 0).sum(1)
     norm = normaliser(kept.sum(), threshold, mean)
     return GatedLoss(losses.sum() / norm, losses.detach(), kept.sum(1, dtype=torch.int32))
+
+
+class MaskedMseBlocks(torch.autograd.Function):
+    """The formula on student, target and, if they are there, positive and neutral [R, D], a block of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Sequence[Tensor],
+        eta: float,
+        threshold: Tensor,
+        window: int,
+        mean: bool,
+        element: bool,
+        student: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`states` are constants; `student` is the first of them once more, for its gradient."""
+        (rows, width), dtype = student.shape, threshold.dtype
+        residual, losses = torch.empty_like(student), threshold.new_empty(rows)
+        counts = torch.zeros(rows, dtype=torch.int32, device=student.device)
+        step = max(1, BLOCK // width)
+        for start in range(0, rows, step):
+            block = slice(start, start + step)
+            s, t, *moved = (one[block].to(dtype) for one in states)
+            d = s - (torch.add(t, moved[0] - moved[1], alpha=-eta) if moved else t)
+            squares = d * d
+            if element:
+                gated = squares <= threshold
+                d, squares = d.masked_fill_(gated, 0), squares.masked_fill_(gated, 0)
+                counts[block] = width - gated.sum(1, dtype=torch.int32)
+            losses[block] = squares.sum(1)
+            residual[block] = d
+        if element:
+            norm = normaliser(counts.sum(), threshold, mean)
+            gated_loss = GatedLoss(losses.sum() / norm, losses, counts)
+            factor = (2 / norm).expand(rows)
+        else:
+            gated_loss = loss_gate_reference(losses.div_(width), threshold, window, mean)
+            scale = 2 / width / normaliser(gated_loss.kept.sum(), threshold, mean)
+            factor = spread(gated_loss.kept * scale, window, rows)
+        ctx.save_for_backward(residual, factor)
+        ctx.mark_non_differentiable(gated_loss.group_losses, gated_loss.kept)
+        return gated_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        residual, factor = ctx.saved_tensors
+        return *(None,) * 6, scale_rows_eagerly(residual, factor * upstream, residual.dtype)
+
+
+def masked_mse_blocks(
+    student: Tensor,
+    target: Tensor,
+    positive: Tensor | None,
+    neutral: Tensor | None,
+    eta: float,
+    threshold: Tensor,
+    window: int,
+    *,
+    mean: bool,
+    element: bool,
+) -> GatedLoss:
+    """The formula for eager code without a kernel."""
+    given = [one.flatten(0, -2) for one in (student, target, positive, neutral) if one is not None]  # [*, D] -> [R, D]
+    return GatedLoss(
+        *MaskedMseBlocks.apply([one.detach() for one in given], eta, threshold, window, mean, element, given[0])
+    )
 
 
 def compose(target: Tensor, positive: Tensor | None, neutral: Tensor | None, eta: float, dtype: torch.dtype) -> Tensor:
@@ -118,11 +194,12 @@ def masked_mse(
     path = kernel_path("masked_mse", student, *teachers)
     words = {"mean": reduction == "kept", "element": granularity == "element"}
     if path == "torch":
-        return masked_mse_reference(student, target, positive, neutral, eta, limit, size, **words)
+        run = masked_mse_reference if torch.compiler.is_compiling() else masked_mse_blocks
+        return run(student, target, positive, neutral, eta, limit, size, **words)
     from expunge.kernels.gpu.masked_mse import masked_mse_eager, masked_mse_op
 
-    run = masked_mse_eager if path == "triton" else masked_mse_op
-    return GatedLoss(*run(student, target, positive, neutral, limit, eta, size, **words)[:3])
+    launch = masked_mse_eager if path == "triton" else masked_mse_op
+    return GatedLoss(*launch(student, target, positive, neutral, limit, eta, size, **words)[:3])
 
 
 def check_states(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from expunge.errors import InvalidInputError
+from expunge.kernels import masked_mse as module
 from expunge.kernels.masked_mse import masked_mse
 
 GRANULARITIES: tuple[dict[str, Any], ...] = (
@@ -34,10 +36,11 @@ def states(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     words=st.sampled_from(GRANULARITIES),
     mean=st.booleans(),
     eta=st.floats(-2, 2),
+    block=st.integers(1, 60),
     seed=st.integers(0, 99),
 )
 def test_the_formula_by_loops(
-    rows: int, width: int, quantile: float, words: dict[str, Any], mean: bool, eta: float, seed: int
+    rows: int, width: int, quantile: float, words: dict[str, Any], mean: bool, eta: float, block: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     s, t, p, n = states(rows, width)
@@ -54,9 +57,10 @@ def test_the_formula_by_loops(
     threshold = sorted(groups)[int(quantile * (len(groups) - 1))] + 1e-9 if groups else 0.0
     kept = [value > threshold for value in groups]
     norm = max(1, sum(kept)) if mean else 1
-    out = masked_mse(
-        s.requires_grad_(), t, p, n, eta=eta, threshold=threshold, reduction="kept" if mean else "sum", **words
-    )
+    with mock.patch.object(module, "BLOCK", block):
+        out = masked_mse(
+            s.requires_grad_(), t, p, n, eta=eta, threshold=threshold, reduction="kept" if mean else "sum", **words
+        )
     assert out.loss.item() == pytest.approx(sum(v for v, k in zip(groups, kept, strict=True) if k) / norm, rel=1e-9)
     (grad,) = torch.autograd.grad(out.loss, s)
     for row in range(rows):
