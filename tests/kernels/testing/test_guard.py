@@ -119,6 +119,7 @@ def test_launches_do_not_clash_with_one_another() -> None:
     y = torch.empty(16)
     for _ in range(2):
         shared_store_kernel[(1,)](y, BLOCK=16)
+    assert torch.equal(y, torch.arange(16.0))
 
 
 def test_atomics_do_not_clash_with_atomics(counts) -> None:
