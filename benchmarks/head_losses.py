@@ -13,18 +13,23 @@ def gate(losses: Tensor, threshold: float | Tensor) -> Tensor:
     return torch.where(kept, losses, 0).sum() / kept.sum().clamp_min(1)
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits as losses take them: float32, and float64 left as it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def naive_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
     """Weighted cross entropy of whole logits."""
     logits = F.linear(hidden, weight)
-    return (F.cross_entropy(logits.float(), labels, reduction="none") * token_weights).mean()
+    return (F.cross_entropy(at_least_float32(logits), labels, reduction="none") * token_weights).mean()
 
 
 def naive_kl(hidden: Tensor, weight: Tensor, positive: Tensor, neutral: Tensor, threshold: float | Tensor) -> Tensor:
     """Gated KL to softmax(z_n - (z_p - z_n)) of whole logits."""
     with torch.no_grad():
         z_n, z_p = F.linear(neutral, weight), F.linear(positive, weight)
-        log_q = (z_n - (z_p - z_n)).float().log_softmax(1)
-    log_p = F.linear(hidden, weight).float().log_softmax(1)
+        log_q = at_least_float32(z_n - (z_p - z_n)).log_softmax(1)
+    log_p = at_least_float32(F.linear(hidden, weight)).log_softmax(1)
     return gate(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(1), threshold)
 
 
