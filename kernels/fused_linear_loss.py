@@ -119,7 +119,8 @@ def fused_linear_loss(
         reduction: "kept" divides by the number of groups that were kept, "sum" by nothing.
         chunk_rows: rows whose logits exist at a time; None for 128 on a CPU and 1024 on a GPU. Rounded to whole
             windows where they fit.
-        chunk_words: words whose logits exist at a time on the CPU; None for all. Less memory, and one product with the head more.
+        chunk_words: words whose logits exist at a time on the CPU; None for all. Less memory, and one product
+            with the head more.
 
     Returns:
         `GatedLoss`; its loss is differentiable once with respect to `hidden`, `weight` and `bias`.
