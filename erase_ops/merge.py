@@ -93,6 +93,7 @@ def plan(
             gates' values (they may require a gradient).
         merge: whether weights may be merged; needs one row of gates.
         dtype: what the active factors are cast to, the dtype that the denoiser computes in; trainable ones are not.
+            Gates stay float32, as the kernel takes them.
 
     Returns:
         the route.
@@ -116,7 +117,7 @@ def plan(
             work.append(Work(merged, None, carrier._parameters["bias"]))
         else:
             deferred |= merge
-            work.append(Work(None, (_cast(down, dtype), _cast(up, dtype), _cast(gate, dtype))))
+            work.append(Work(None, (_cast(down, dtype), _cast(up, dtype), gate)))
     return Route(Mode.MERGED if merge else Mode.LOWRANK, work, deferred)
 
 

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from expunge.kernels.gpu.common import DOT_PRECISION, INTERPRETED, cdiv, next_power_of_2
 from expunge.kernels.gpu.gated_lowrank_backward import launch_gated_lowrank_backward
@@ -170,6 +171,7 @@ class GatedLowrank(torch.autograd.Function):
         return launch_gated_lowrank_forward(x, down, up, gate, out, empty_result(x, up, out))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, gate = ctx.saved_tensors
         dx, ddown, dup, dgate = launch_gated_lowrank_backward(x, down, up, gate, grads[0])
