@@ -15,11 +15,14 @@ from expunge.demo_run.recipe import STYLE_SUFFIX, other_prompts
 from expunge.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from expunge.erase_ops.itd.tokens import TokenSet
     from expunge.erase_ops.itd.adapter import ItDAdapter
     from expunge.erase_ops.sae.model import SparseAutoencoder
 
 TOP = 10  # features of a prompt; the bundled autoencoder has eight active ones a token
 TARGET_SHARE, BENIGN_SHARE = 0.02, 0.002  # of prompts that must have a feature among theirs, and that may
+# The bundled encoder keeps objects at positions 6 to 9 and styles at 10 to 14: in most prompts these are padding.
+TOKENS: TokenSet = "all"
 STRENGTH = -1.0  # what erased activations are multiplied by
 SELECTION, CALIBRATION = 600, 800  # benign prompts whose features are subtracted, and that the threshold is set on
 TARGET_FPR = 0.005
@@ -104,8 +107,9 @@ def make_adapter(pipe: Any, sae: SparseAutoencoder, concepts: Sequence[str], **f
         n=TOP,
         target_share=TARGET_SHARE,
         benign_share=BENIGN_SHARE,
+        tokens=TOKENS,
     )
-    adapter = ItDAdapter.from_sae(sae, features, **{"strength": STRENGTH, "hot": 0} | fields)
+    adapter = ItDAdapter.from_sae(sae, features, **{"strength": STRENGTH, "tokens": TOKENS, "hot": 0} | fields)
     adapter.calibrate(calibration, text_encoder=encoder[0], tokenizer=encoder[1], target_fpr=TARGET_FPR)
     adapter.settings = {"top": TOP, "selection": len(selection), "target": sum(map(len, prompts.values()))}
     return adapter
