@@ -32,7 +32,7 @@ class Running(threading.local):
     """What the block does in this thread's call of its encoder, set at the encoder's entry; None outside of one."""
 
     work: Work = None
-    full: tuple[Tensor, Tokens] | None = None  # states [B, L', d] of the call's prompts padded in full, and their tokens
+    full: tuple[Tensor, Tokens] | None = None  # states [B, L', d] of the prompts padded in full, and their tokens
     seen: Tensor | None = None  # what a call of `LOOK` has kept
     record: ItDRecord | None = None
 

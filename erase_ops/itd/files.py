@@ -246,9 +246,7 @@ def _source(folder: Path, value: Any) -> SAESource | None:
 
 
 def _setting(folder: Path, name: str, value: Any) -> Any:
-    valid = (
-        isinstance(value, str) if name in _TEXTS else isinstance(value, int | float) and not isinstance(value, bool)
-    )
+    valid = isinstance(value, str) if name in _TEXTS else isinstance(value, int | float) and not isinstance(value, bool)
     if not valid:
         _refuse(folder, f"{'a text' if name in _TEXTS else 'a number'} as parameters.{name}", repr(value)[:100])
     return value

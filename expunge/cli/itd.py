@@ -66,7 +66,8 @@ def find(
     encoder, tokenizer = text_encoder_of(pipe, autoencoder.config.component)
     found = find_concepts(
         autoencoder, encoder, tokenizer, concepts,
-        remain=remaining, benign=plain, n=top_n, benign_share=benign_share, tokens=tokens, attention_mask=attention_mask,
+        remain=remaining, benign=plain, n=top_n, benign_share=benign_share, tokens=tokens,
+        attention_mask=attention_mask,
     )  # fmt: skip
     settings = {
         "top_n": top_n,
