@@ -71,10 +71,11 @@ def train(output: Path, seed: int = 0, cycles: Sequence[tuple[int, int]] = CYCLE
         ids, mask = caption_batch(processor, rng, (pick // per_class).tolist())
         return image_loss(janus, ids, mask, tokens[pick])
 
+    vq = janus.model.vqmodel
+    stored = encode(vq, pictures(output, "train"))
     for number, (steps, per_class) in enumerate(cycles):
         before = sum(steps for steps, _ in cycles[:number])
-        x = new_pictures(per_class, seed + number) if per_class else pictures(output, "train")
-        tokens = encode(janus.model.vqmodel, x)
+        tokens = encode(vq, new_pictures(per_class, seed + number)) if per_class else stored
         fit(
             parameters,
             lambda step, before=before, tokens=tokens: loss(before + step, tokens),  # type: ignore[misc]
