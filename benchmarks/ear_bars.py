@@ -115,7 +115,12 @@ def control_rows(bench: Bench, plain: Readings) -> list[Bar]:
     target alone; one that is strong enough to erase is beaten on what it takes with it."""
     controls: tuple[tuple[str, str, Make, tuple[str, ...]], ...] = (
         ("random-1", "random change of equal norm", bench.random(1.0), ("target",)),
-        ("random-erases", "random change, doubled until it erases", bench.random_that_erases, ("others",)),
+        (
+            "random-erases",
+            "random change, doubled until the target is at chance",
+            bench.random_that_erases,
+            ("others",),
+        ),
         (
             "stateless",
             "stateless prefix, our retain term and settings",
