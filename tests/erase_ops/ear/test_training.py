@@ -108,7 +108,13 @@ def test_settings_that_do_not_fit_are_refused(pipe: JanusPipeline, fields: dict[
 
 
 @pytest.mark.parametrize(
-    "fields", [{"gradient_checkpointing": True}, {"validation_steps": 1, "validation_prompts": ("a star",)}]
+    "fields",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"max_train_steps": 3},
+        {"validation_steps": 1, "validation_prompts": ("a star",)},
+    ],
 )
 def test_what_is_not_supported_says_so(pipe: JanusPipeline, tmp_path: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedOperationError, match=next(iter(fields))):
