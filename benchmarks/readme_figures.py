@@ -30,7 +30,8 @@ def table(names: tuple[str, ...]) -> str:
     lines = ["| what | bar | found |", "|---|---|---|"]
     for name in names:
         record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [f"| {row['what']} | {row['bar']} | {row['found']} |" for row in record["rows"]]
+        cells = [[row[key].replace("|", r"\|") for key in ("what", "bar", "found")] for row in record["rows"]]
+        lines += [f"| {' | '.join(each)} |" for each in cells]
     return "\n".join(lines)
 
 
