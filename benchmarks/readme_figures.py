@@ -15,13 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/ear.md", "docs/itd.md")
+DOCUMENTS = ("README.md", "docs/ear.md", "docs/itd.md", "docs/methods.md")
 # Marker in a document -> the result files whose rows stand there.
 FIGURES = {
     "spm_images": ("spm_images",),
     "spm_cost": ("spm_cost", "spm_training", "spm_fixtures"),
     "itd": ("itd",),
     "ear": ("ear",),
+    "erasers": ("erasers",),
 }
 
 
