@@ -1,202 +1,214 @@
 """The table of EAR on the bundled autoregressive model. Exit status 0 when every row with a bar holds.
 
-    python benchmarks/ear_bars.py [--seeds 3] [--pictures 96] [--concept star] [--results FILE]
+    python benchmarks/ear_bars.py [--seeds 3] [--pictures 96] [--concept star] [--work FOLDER] [--json FILE]
 
 Pictures are drawn at held-out seeds, by templates that no erasure was fitted on, with the model's own guidance and
-temperature, and read by its classifier. Shares stand with 95 % Wilson intervals, pooled over the seeds.
+temperature, and read by its classifier. Shares stand with 95 % Wilson intervals, pooled over the seeds, each of which
+has an erasure and pictures of its own. With `--work`, what was measured is kept there, and a run that was cut off goes
+on; measurements of other weights or presets are not taken.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import time
-from collections.abc import Callable
+import itertools
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ear_invariants
 import torch
-from bars import Bar, print_table, verdict, write_json
+from bars import Bar, kept, print_table, verdict, write_json
+from ear_runs import Bench, Make, Measured, pooled
 
-from expunge import demo_ar, erase, restore
-from expunge.demo_ar.builder.world import fill
-from expunge.demo_ar.recipe import training_fields
-from expunge.demo_ar.scoring import Kind, Readings, read_pictures
-from expunge.erase_ops.delta.adapter import DeltaAdapter
-from expunge.erase_ops.ear.config import EARConfig
-from expunge.erase_ops.ear.training import train_ear
+from expunge.demo_ar.scoring import Readings
+from expunge.demo_run.autoregressive import run_ar_demo
 from expunge.erase_ops.shares import Share
-from expunge.pipelines.janus import JanusPipeline
-
-BATCH, FIRST_SEED = 64, 700_000
-Erasure = Callable[[int], tuple[DeltaAdapter, list[dict[str, float]], float]]  # of a seed: delta, its log, seconds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=96, help="of each shape, for each seed")
+    parser.add_argument("--before", type=int, default=512, help="the same before erasing; 512: 32 of each class")
     parser.add_argument("--concept", default="star")
-    parser.add_argument("--results", type=Path, help="also write the rows into this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--work", type=Path, help="keep measurements here, and take those that are there")
+    parser.add_argument("--json", type=Path, help="also write the rows into this file")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(arguments.concept, arguments.seeds, arguments.pictures)
-    rows = [bench.before(), *bench.after(), *bench.controls(), *bench.masking(), calls_row()]
-    if arguments.results:
-        write_json(arguments.results, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given.concept, range(given.seeds), given.pictures, given.work or Path(folder))
+        plain = bench.measure("plain", bench.plain)
+        rows = [
+            *before_rows(bench, given.before),
+            *after_rows(bench, plain),
+            *control_rows(bench, pooled(plain)),
+            *masking_rows(bench),
+            *kept(bench.work, f"{bench.key}-invariants", ear_invariants.rows),
+            *kept(bench.work, f"{bench.key}-demo-{given.concept}", lambda: demo_rows(given.concept)),
+        ]
+    if given.json:
+        write_json(given.json, rows)
     print_table("EAR", rows)
     return verdict(rows)
 
 
-class Bench:
-    """The model, its judge and what was measured of the plain erasure."""
-
-    def __init__(self, concept: str, seeds: int, pictures: int) -> None:
-        self.pipe, self.judge = JanusPipeline(*demo_ar.load()), demo_ar.classifier()
-        self.concept, self.seeds, self.pictures = concept, range(seeds), pictures
-        self.tables = demo_ar.captions()
-        self.deltas: list[DeltaAdapter] = []
-        self.plain: Readings | None = None
-
-    # ---------------------------------------------------------------------------------------------------- measuring
-
-    def read(self, seed: int) -> Readings:
-        """Every shape, in all colours and backgrounds in turn."""
-        tables, wanted, prompts = self.tables, [], []
-        for shape in tables["shapes"]:
-            for i in range(self.pictures):
-                kind = Kind(shape, tables["colours"][i % 8], tables["backgrounds"][i // 8 % 2])
-                wanted.append(kind)
-                template = tables["held_out_templates"][i // 16 % 2]
-                prompts.append(fill(template, kind.shape, kind.colour, kind.background))
-        first, pictures = FIRST_SEED + 10_000 * seed, []
-        for start in range(0, len(prompts), BATCH):
-            part = prompts[start : start + BATCH]
-            generators = [torch.Generator().manual_seed(first + start + i) for i in range(len(part))]
-            output = self.pipe(
-                part,
-                guidance_scale=demo_ar.GUIDANCE,
-                temperature=demo_ar.TEMPERATURE,
-                generator=generators,
-                output_type="pt",
-            )
-            pictures.append(output.images)
-        return read_pictures(self.judge, torch.cat(pictures), wanted)
-
-    def erased(self, make: Erasure) -> tuple[Readings, list[dict[str, float]], float]:
-        """Readings of all seeds, each with an erasure of its own; the erasures' logs and the longest processor time."""
-        wanted, read, log, longest = [], [], [], 0.0
-        for seed in self.seeds:
-            delta, steps, seconds = make(seed)
-            erase(self.pipe, [delta])
-            readings = self.read(seed)
-            restore(self.pipe)
-            wanted += readings.wanted
-            read += readings.read
-            log += steps
-            longest = max(longest, seconds)
-        return Readings(wanted, read), log, longest
-
-    def trained(self, **fields: Any) -> Erasure:
-        def make(seed: int) -> tuple[DeltaAdapter, list[dict[str, float]], float]:
-            config = EARConfig.preset("demo", **{**training_fields(self.concept, seed=seed), "seed": seed, **fields})
-            log: list[dict[str, float]] = []
-            start = time.process_time()
-            delta = train_ear(self.pipe, config, progress=False, callback=lambda step, metrics: log.append(metrics))
-            return delta, log, time.process_time() - start
-
-        return make
-
-    def random_change(self, seed: int) -> tuple[DeltaAdapter, list[dict[str, float]], float]:
-        """A change of the plain erasure's norm in every weight, in a random direction."""
-        generator = torch.Generator().manual_seed(seed)
-        values = {}
-        for name, value in self.deltas[seed].values.items():
-            base = self.pipe.language_model.get_parameter(name).detach()
-            noise = torch.randn(base.shape, generator=generator)
-            values[name] = base + noise * ((value - base).norm() / noise.norm())
-        return DeltaAdapter("random", [self.concept], values, component="language_model", family="janus"), [], 0.0
-
-    # --------------------------------------------------------------------------------------------------------- rows
-
-    def before(self) -> Bar:
-        readings = [self.read(seed) for seed in self.seeds]
-        pooled = Readings([k for r in readings for k in r.wanted], [k for r in readings for k in r.read])
-        shares = {name: pooled.share("shape", shape=name) for name in self.tables["shapes"]}
-        shares |= {name: pooled.share("colour", colour=name) for name in self.tables["colours"]}
-        worst = min(shares, key=lambda name: shares[name].value)
-        return Bar(
-            "bundled model before: lowest shape or colour",
-            "at least 95 %",
-            f"{worst} {shares[worst]}",
-            shares[worst].value >= 0.95,
-            {name: share.value for name, share in shares.items()},
-        )
-
-    def after(self) -> list[Bar]:
-        def kept(seed: int) -> tuple[DeltaAdapter, list[dict[str, float]], float]:
-            made = self.trained()(seed)
-            self.deltas.append(made[0])
-            return made
-
-        readings, _, seconds = self.erased(kept)
-        self.plain = readings
-        target, others = readings.share("shape", shape=self.concept), readings.others("shape", self.concept)
-        each = {s: readings.share("shape", shape=s) for s in self.tables["shapes"] if s != self.concept}
-        worst, colour = min(each, key=lambda name: each[name].value), readings.share("colour")
-        return [
-            Bar(f"after: {self.concept}", "at most 2 %", str(target), target.value <= 0.02),
-            Bar("after: other shapes", "at least 97 %", str(others), others.value >= 0.97),
-            Bar("after: worst other shape", "at least 90 %", f"{worst} {each[worst]}", each[worst].value >= 0.90),
-            Bar("after: colour", "at least 97 %", str(colour), colour.value >= 0.97),
-            Bar("erasing, processor time of one thread", "at most 90 s", f"{seconds:.0f} s", seconds <= 90),
-        ]
-
-    def controls(self) -> list[Bar]:
-        """Both must be worse on target or others by more than the intervals."""
-        rows = []
-        for name, make in (
-            ("random change of equal norm", self.random_change),
-            ("stateless prefix, as published", self.trained(prefix_mode="stateless")),
-        ):
-            readings, _, _ = self.erased(make)
-            rows.append(self.against_plain(name, readings))
-        return rows
-
-    def against_plain(self, name: str, readings: Readings) -> Bar:
-        assert self.plain is not None
-        target, others = (r.share("shape", shape=self.concept) for r in (readings, self.plain))
-        kept, kept_plain = (r.others("shape", self.concept) for r in (readings, self.plain))
-        beaten_on_target = target.interval[0] > others.interval[1]
-        beaten_on_others = kept.interval[1] < kept_plain.interval[0]
-        found = f"{self.concept} {target}; others {kept}; colour {readings.share('colour')}"
-        figures = {"beaten_on_target": beaten_on_target, "beaten_on_others": beaten_on_others}
-        return Bar(f"control: {name}", "beaten on target and on others", found, all(figures.values()), figures)
-
-    def masking(self) -> list[Bar]:
-        """Half of the windows masked by their loss, against as many skipped at random; no retain term, printed only."""
-        readings, log, _ = self.erased(self.trained(threshold_quantile=0.5, retain=()))
-        share = sum(step["skipped"] for step in log) / len(log)
-        rows = [printed(f"quantile threshold, no retain, {share:.0%} skipped", readings, self.concept)]
-        random, log, _ = self.erased(self.trained(threshold=0.0, random_skip=share, retain=()))
-        share = sum(step["skipped"] for step in log) / len(log)
-        return [*rows, printed(f"random skip, no retain, {share:.0%} skipped", random, self.concept)]
+def before_rows(bench: Bench, pictures: int) -> list[Bar]:
+    """The model itself: each shape, each colour, and each of the classes (shape, colour, background)."""
+    readings, tables = pooled(bench.measure("before", None, pictures)), bench.tables
+    rows = []
+    for what, names in (("shape", tables["shapes"]), ("colour", tables["colours"])):
+        shares = {name: readings.share(what, **{what: name}) for name in names}
+        lowest = min(shares, key=lambda name: shares[name].value)
+        found, figures = f"{lowest} {shares[lowest]}", {name: share.value for name, share in shares.items()}
+        holds = shares[lowest].value >= 0.95
+        rows.append(Bar(f"bundled model before: lowest {what}", ">= 95 %", found, holds, figures))
+    kinds = itertools.product(tables["shapes"], tables["colours"], tables["backgrounds"])
+    classes = {" ".join(kind): class_share(readings, *kind) for kind in kinds}
+    lowest = min(classes, key=lambda name: classes[name].value)
+    high = sum(share.value >= 0.95 for share in classes.values())
+    what = "bundled model before: single classes, shape and colour and background as asked"
+    found = f"lowest: {lowest} {classes[lowest]}; {high} of {len(classes)} classes at 95 % or more; all: "
+    found += str(readings.share("all"))
+    rows.append(Bar(what, "reported", found, True, {name: share.value for name, share in classes.items()}))
+    return rows
 
 
-def printed(name: str, readings: Readings, concept: str) -> Bar:
-    target, others = readings.share("shape", shape=concept), readings.others("shape", concept)
-    figures = {"target": target.value, "others": others.value, "others_interval": list(others.interval)}
-    return Bar(name, "printed", f"{concept} {target}; others {others}", True, figures)
+def class_share(readings: Readings, shape: str, colour: str, background: str) -> Share:
+    return readings.share("all", shape=shape, colour=colour, background=background)
 
 
-def calls_row() -> Bar:
-    """Model calls a prompt at 576 tokens in windows of 48, counted as in tests/erase_ops/ear/test_method.py."""
-    ours, published = 576 + 3 * math.ceil(576 / 48), 4 * 576
-    found = f"{ours} / {published} = {ours / published:.3f}"
-    return Bar("model calls a prompt over the published scripts", "at most 0.30", found, ours / published <= 0.30)
+def after_rows(bench: Bench, measured: Sequence[Measured]) -> list[Bar]:
+    """The shipped setting."""
+    readings, concept, shapes = pooled(measured), bench.concept, bench.tables["shapes"]
+    target, others = sides(readings, concept)
+    each = {shape: readings.share("shape", shape=shape) for shape in shapes if shape != concept}
+    worst, colour = min(each, key=lambda name: each[name].value), readings.share("colour")
+    single = min(one.readings.share("shape", shape=name).value for one in measured for name in each)
+    found = f"{worst} {each[worst]}; lowest of a single seed {single:.1%}"
+    figures = {name: share.value for name, share in each.items()}
+    seconds, wall = (max(one.notes[name] for one in measured) for name in ("processor_seconds", "seconds"))
+    return [
+        Bar(f"after erasing {concept}: {concept}", "<= 2 %", str(target), target.value <= 0.02),
+        Bar(f"after erasing {concept}: mean of other shapes", ">= 97 %", str(others), others.value >= 0.97),
+        Bar(f"after erasing {concept}: worst other shape", ">= 90 %", found, each[worst].value >= 0.90, figures),
+        Bar(f"after erasing {concept}: colour, all shapes", ">= 97 %", str(colour), colour.value >= 0.97),
+        Bar(
+            "erasing time: longest of the seeds, one thread",
+            "<= 90 s on two cores",
+            f"{seconds:.0f} s of processor time, {wall:.0f} s on the clock",
+            wall <= 90,
+        ),
+    ]
 
 
-__all__ = ["Bench", "Share", "main"]
+def sides(readings: Readings, concept: str) -> tuple[Share, Share]:
+    """Shares of the erased shape and of all others."""
+    return readings.share("shape", shape=concept), readings.others("shape", concept)
+
+
+def demo_rows(concept: str) -> list[Bar]:
+    """`expunge demo --family ar`, as a user runs it."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_ar_demo(folder, concept=concept)
+    seconds = sum(result.seconds.values())
+    target, kept_shapes = (next(row for row in result.rows if row.group == group) for group in ("trained", "untouched"))
+    found = f"{seconds:.0f} s; {concept} {target.before} / {target.after}; others {kept_shapes.before} / "
+    what = f"expunge demo --family ar --concept {concept}: time on the clock; before / after"
+    return [Bar(what, "< 120 s", found + str(kept_shapes.after), seconds < 120, dict(result.seconds))]
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+
+
+def control_rows(bench: Bench, plain: Readings) -> list[Bar]:
+    """Each control must be worse than the shipped setting outside the intervals where its row says so, and must not be
+    better on the other side: a random change of equal norm leaves the model as it was, so that it can be beaten on the
+    target alone; one that is strong enough to erase is beaten on what it takes with it."""
+    controls: tuple[tuple[str, str, Make, tuple[str, ...]], ...] = (
+        ("random-1", "random change of equal norm", bench.random(1.0), ("target",)),
+        (
+            "random-erases",
+            "random change, doubled until the target is at chance",
+            bench.random_that_erases,
+            ("others",),
+        ),
+        (
+            "stateless",
+            "stateless prefix, our retain term and settings",
+            bench.trained(prefix_mode="stateless"),
+            ("target",),
+        ),
+        (
+            "stateless-bare",
+            "stateless prefix, no retain term, as published",
+            bench.trained(prefix_mode="stateless", retain=()),
+            ("target", "others"),
+        ),
+    )
+    return [control_row(name, bench.measure(key, make), bench, plain, on) for key, name, make, on in controls]
+
+
+def control_row(name: str, measured: Sequence[Measured], bench: Bench, plain: Readings, on: tuple[str, ...]) -> Bar:
+    """`on`: where the control must be beaten outside both intervals."""
+    readings = pooled(measured)
+    (target, others), (our_target, our_others) = (sides(one, bench.concept) for one in (readings, plain))
+    apart = {
+        "target": (target.interval[0] > our_target.interval[1], our_target.interval[0] > target.interval[1]),
+        "others": (our_others.interval[0] > others.interval[1], others.interval[0] > our_others.interval[1]),
+    }
+    holds = all(apart[side][0] for side in on) and not any(better for _, better in apart.values())
+    text = " and ".join(f"on {'the target' if side == 'target' else 'others'}" for side in on)
+    free = "" if len(on) == 2 else f"; no better on {'others' if on == ('target',) else 'the target'}"
+    found = shown(bench.concept, readings)
+    if "times" in measured[0].notes:
+        times = ", ".join(f"{one.notes['times']:g}" for one in measured)
+        found += f"; norms {times} times ours"
+    figures = {side: {"beaten": beaten, "better": better} for side, (beaten, better) in apart.items()}
+    return Bar(f"control: {name}", f"beaten {text} outside the intervals{free}", found, holds, figures)
+
+
+def shown(concept: str, readings: Readings) -> str:
+    target, others = sides(readings, concept)
+    return f"{concept} {target}; others {others}; colour {readings.share('colour')}"
+
+
+# ------------------------------------------------------------------------------------------------------------- masking
+
+
+def masking_rows(bench: Bench) -> list[Bar]:
+    """Half of the windows masked by their loss, against exactly as many left out at random, with and without the retain
+    term: printed, and said whether the intervals part."""
+    rows = []
+    for with_retain in (True, False):
+        fields: dict[str, Any] = {} if with_retain else {"retain": ()}
+        name, key = ("with", "retain") if with_retain else ("without", "bare")
+        masked = bench.measure(f"quantile-{key}", bench.trained(threshold_quantile=0.5, **fields))
+        shares = {
+            seed: one.notes["skipped"] / one.notes["windows"] for seed, one in zip(bench.seeds, masked, strict=True)
+        }
+        control = bench.trained(threshold=0.0, random_skip=shares.__getitem__, **fields)
+        random = bench.measure(f"skip-{key}", control)
+        counts = [[int(one.notes["skipped"]) for one in each] for each in (masked, random)]
+        (target, others), (target_r, others_r) = (sides(pooled(each), bench.concept) for each in (masked, random))
+        said = f"target {compared(target_r, target)}, others {compared(others, others_r)}"
+        title = f"{name} the retain term"
+        found = f"{shown(bench.concept, pooled(masked))}; {counts[0]} of {int(masked[0].notes['windows'])} skipped"
+        rows.append(Bar(f"masking: quantile threshold 0.5, {title}", f"printed: {said}", found, True))
+        found = f"{shown(bench.concept, pooled(random))}; {counts[1]} skipped"
+        rows.append(Bar(f"masking: as many windows skipped at random, {title}", "printed", found, True))
+    bare = pooled(bench.measure("unmasked-bare", bench.trained(threshold=0.0, retain=())))
+    rows.append(Bar("no masking, without the retain term", "printed", shown(bench.concept, bare), True))
+    return rows
+
+
+def compared(more: Share, less: Share) -> str:
+    """Whether masking by loss is better, where `more` should be above `less`."""
+    if more.interval[0] > less.interval[1]:
+        return "better outside the intervals"
+    return "worse outside the intervals" if less.interval[0] > more.interval[1] else "the same within the intervals"
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,7 +1,9 @@
 """One thread, no network, seeded; and factories of small real pipelines with random weights."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,6 +37,9 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 hypothesis.settings.register_profile("expunge", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("expunge")
+
+# Oracles and measurements that the scripts of benchmarks/ print, under the bare names by which those import each other.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 TEXT_LENGTH = 16  # positions of the tiny text encoders, special tokens included
 # Words that the tiny tokenizer knows whole; anything else is spelled in bytes.

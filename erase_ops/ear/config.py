@@ -65,7 +65,7 @@ class EARConfig(TrainingConfig):
         float | None, About("The share of a rollout's losses that is masked, in the place of `threshold`.")
     ] = None
     random_skip: Annotated[
-        float, About("Control: share of windows that are skipped at random, whatever they cost.")
+        float, About("Control: share of all windows that are skipped at random, whatever they cost.")
     ] = 0.0
 
     # What must not change

@@ -8,6 +8,8 @@ of the student and two of the teacher (one each more with retain prompts); the p
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from expunge.erase_ops.ear.streams import (
     with_unconditional,
 )
 from expunge.erase_ops.janus.family import JanusFamily
-from expunge.erase_ops.training.draws import Draws
+from expunge.erase_ops.training.draws import Draws, seeded_generator
 from expunge.erase_ops.training.student import Student
 
 
@@ -41,6 +43,7 @@ class EARTraining:
         self.windows = config.windows(family.image_tokens)
         self.begun = 0  # pairs that rollouts have been begun for
         self.rollout: Rollout | None = None
+        self.left_out = left_out(config.random_skip, config.steps(family.image_tokens), config.seed)
 
     def parameters(self) -> dict[str, Tensor]:
         """The student's."""
@@ -64,8 +67,7 @@ class EARTraining:
         if len(rollout.retained):
             named["retain"] = self._retain_window(rollout, start, stop)
             total = total + config.retain_weight * named["retain"]
-        lot = float(torch.rand((), generator=generator)) if config.random_skip else 1.0
-        skipped = erase.kept == 0 or lot < config.random_skip
+        skipped = erase.kept == 0 or bool(self.left_out[self._number(rollout)])
         named["skipped"] = torch.tensor(float(skipped))
         return named if skipped else {"loss": total, **named}
 
@@ -105,6 +107,11 @@ class EARTraining:
         tokens = torch.cat([rollout.tokens[stream], rollout.tokens["positive"]])
         rows = with_unconditional(self.family, prompts, originals)
         return window_states(self.family, rows, tokens, start, stop, self.config.prefix_mode)
+
+    def _number(self, rollout: Rollout) -> int:
+        """Of the window that was begun last, counted from 0 over the whole training."""
+        begun = math.ceil(self.begun / self.config.batch_size) - 1
+        return (begun * self.windows + rollout.window - 1) % len(self.left_out)
 
     # Rollouts
 
@@ -164,3 +171,10 @@ class EARTraining:
         self.rollout = Rollout(
             tensors["pairs"], tensors["retained"], tokens, float(tensors["threshold"]), int(tensors["window"])
         )
+
+
+def left_out(share: float, steps: int, seed: int) -> Tensor:
+    """`[steps]` bool: the windows that are skipped whatever they cost, exactly `share` of them, rounded."""
+    skipped = torch.zeros(steps, dtype=torch.bool)
+    skipped[torch.randperm(steps, generator=seeded_generator(seed, 0, 1))[: round(share * steps)]] = True
+    return skipped

@@ -55,7 +55,8 @@ def train_ear(
 
     Raises:
         UnsupportedOperationError: if the model is no Janus, is erased already, or a setting asks for what is not there:
-            several processes, gradient checkpointing, validation pictures.
+            several processes, gradient checkpointing, gradient accumulation beside the windows' own, validation
+            pictures, another number of steps than there are windows.
         InvalidInputError: if the config does not fit the model.
         NonFiniteError: if a window's loss or a weight stops being finite.
         AdapterFormatError: if the checkpoint to resume from is damaged.
@@ -70,7 +71,7 @@ def train_ear(
     sites = config.sites(family.language_model.config.num_hidden_layers)
     accelerator = make_accelerator(config, family.device)
     _check_supported(family, config, accelerator.num_processes)
-    config = config.replace(max_train_steps=config.steps(family.image_tokens))
+    config = config.replace(max_train_steps=_windows(config, family.image_tokens))
     pairs = config.prompts
     originals, modified = [pair.original for pair in pairs], [pair.modified for pair in pairs]
     text = EncodedPairs.of(family, originals, modified, config.retain)
@@ -128,9 +129,28 @@ def _check_supported(family: JanusFamily, config: EARConfig, processes: int) -> 
     problems = {
         "pipe": (attachment_of(module) or delta_of(module), "a model without erasures", "Call restore(pipe) first."),
         "gradient_checkpointing": (config.gradient_checkpointing, "False", "Use a smaller window or batch_size."),
+        "gradient_accumulation_steps": (
+            config.gradient_accumulation_steps if config.gradient_accumulation_steps > 1 else None,
+            "1, because a window is what is accumulated",
+            "Use a larger window, or more pairs at once by batch_size.",
+        ),
         "validation_steps": (config.validation_steps, "None", "Draw with a JanusPipeline in a callback."),
         "processes": (processes > 1, "one process", "Start the training with one."),
     }
     for name, (found, expected, fix) in problems.items():
         if found:
             raise UnsupportedOperationError(name, expected=expected, found=str(found)[:80], fix=fix)
+
+
+def _windows(config: EARConfig, image_tokens: int) -> int:
+    """Steps of the whole training, which no one else may set: a shorter one would leave pairs out unsaid."""
+    config.require("window", lambda value: value <= image_tokens, f"at most {image_tokens}, a picture's tokens")
+    steps, default = config.steps(image_tokens), EARConfig.__dataclass_fields__["max_train_steps"].default
+    if config.max_train_steps not in (steps, default):
+        raise UnsupportedOperationError(
+            "max_train_steps",
+            expected=f"{steps}, one for each window of the pairs, which is set by itself",
+            found=str(config.max_train_steps),
+            fix="Leave it out; give fewer pairs, or set passes and window.",
+        )
+    return steps

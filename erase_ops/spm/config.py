@@ -7,48 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from expunge.erase_ops.spm.gate_config import GateConfig
+from expunge.erase_ops.spm.presets import PRESETS
 from expunge.erase_ops.spm.reference_yaml import is_reference_document, read_reference
 from expunge.erase_ops.training.config import About, read_yaml
-from expunge.erase_ops.training.erasing import ErasingConfig
 
 AnchorSource = Literal["random", "prompts"]
 AnchorLayout = Literal["fixed", "official"]
 
-# sd15: the reference's values. It draws anchors as "official" says, which counts the empty prompt as half of them.
-_REFERENCE: dict[str, Any] = {
-    "max_train_steps": 3000,
-    "learning_rate": 1e-4,
-    "lr_scheduler": "cosine_with_restarts",
-    "lr_warmup_steps": 500,
-    "lr_num_cycles": 3,
-    "max_grad_norm": 0.0,
-    "max_denoising_steps": 30,
-    "resolution": 512,
-    "dynamic_resolution": True,
-    "checkpointing_steps": 500,
-}
-# demo: the bundled model is small and its adapters are short, so a high rate and several states per rollout pay. An eta
-# of 1 pushes the erased object's pictures out of their style as well (100 % to 72 %, cat); 0.3 leaves it and still
-# erases; 0 leaves a few per cent of the neutral prompt's own objects.
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "max_train_steps": 250,
-        "learning_rate": 1e-2,
-        "guidance_scale": 0.3,
-        "batch_size": 8,
-        "max_denoising_steps": 20,
-        "states_per_rollout": 4,
-        "anchor_source": "prompts",
-        "anchors_per_step": 8,
-        "anchor_weight": 10.0,
-    },
-    "sd15": _REFERENCE,
-    "sdxl": _REFERENCE | {"resolution": 1024, "dynamic_resolution": False, "gradient_checkpointing": True},
-}
-
 
 @dataclass(frozen=True, kw_only=True)
-class SPMTrainingConfig(ErasingConfig):
+class SPMTrainingConfig(GateConfig):
     """Settings of `train_spm`; each field's type, default and meaning stand beside it (`help_for` reads them).
 
     Raises:
@@ -56,12 +25,6 @@ class SPMTrainingConfig(ErasingConfig):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-
-    # What is erased, besides
-    neutral: Annotated[str | None, About("Neutral text of the concepts; the pairs' if None and they share one.")] = None
-    phrasings: Annotated[tuple[str, ...], About("Templates with {} whose text states the gate compares with.")] = (
-        "{}",
-    )
 
     # The adapter
     rank: Annotated[int, About("Rank of the factors.")] = 1
@@ -81,37 +44,13 @@ class SPMTrainingConfig(ErasingConfig):
         AnchorLayout, About("fixed: every anchor counts; official: the reference's batch, half of it unconditional.")
     ] = "fixed"
 
-    # The gate's threshold
-    benign_prompts: Annotated[tuple[str, ...], About("Prompts without the concept; they calibrate the threshold.")] = ()
-    calibration_targets: Annotated[tuple[str, ...], About("Prompts with the concept; the targets if empty.")] = ()
-    false_positive_rate: Annotated[float, About("Share of the benign prompts that may pass the threshold.")] = 0.01
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rank", "anchors_per_step"):
             self.require(name, lambda value: value >= 1, "at least 1")
         self.require("alpha", lambda value: value > 0, "a number above 0")
-        self.require("false_positive_rate", lambda value: 0 <= value < 1, "in [0, 1)")
         if self.anchor_source == "prompts" and self.needs_anchors:
             self.require("anchor_prompts", bool, "at least one prompt, since anchor_source is 'prompts'")
-
-    def _check_prompts(self) -> None:
-        super()._check_prompts()
-        for name in ("benign_prompts", "calibration_targets"):
-            self.require(name, lambda texts: all(text.strip() for text in texts), "texts that are not empty")
-        self.require(
-            "phrasings",
-            lambda texts: texts and all("{}" in text for text in texts),
-            "templates with {} for the concept",
-        )
-
-    @property
-    def neutral_text(self) -> str:
-        """The neutral text of the concepts: `neutral`, or what all pairs share, or ""."""
-        if self.neutral is not None:
-            return self.neutral
-        shared = {pair.neutral for pair in self.prompts}
-        return shared.pop() if len(shared) == 1 else ""
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:

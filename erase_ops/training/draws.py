@@ -19,8 +19,8 @@ from torch import Tensor
 def seeded_generator(seed: int, *key: int) -> torch.Generator:
     """A generator of the CPU for one of several independent streams of a seed.
 
-    Keys in use: `(0,)` initial weights, `(1 + rank,)` a process's own stream, `(1, step, 0)` what the samples of a step
-    share, `(1, step, 1 + sample)` a sample.
+    Keys in use: `(0,)` initial weights, `(0, 1)` windows that are skipped at random, `(1 + rank,)` a process's own
+    stream, `(1, step, 0)` what the samples of a step share, `(1, step, 1 + sample)` a sample.
     """
     return torch.Generator().manual_seed(int(numpy.random.SeedSequence([seed, *key]).generate_state(1)[0]))
 

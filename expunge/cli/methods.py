@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from expunge.cli import options as o
-from expunge.cli.shared import command, emit, out
+from expunge.cli.shared import command, emit, note, out
 from expunge.erase_ops.methods import METHODS as ERASERS
 from expunge.erase_ops.methods import MethodInfo
 from expunge.errors import InvalidInputError
@@ -147,11 +149,15 @@ def methods(json_output: o.Json = False, debug: o.Debug = False) -> None:
         emit(rows)
         return
     out.print(table_of(rows))
+    note("Without training: expunge itd find picks a concept out of a sparse autoencoder (docs/itd.md).")
 
 
-def table_of(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str] = _COLUMNS) -> Table:
-    """One row a method; cells wrap."""
-    table = Table("method", *columns, show_lines=True)
+def table_of(rows: Mapping[str, Mapping[str, str]]) -> Table:
+    """One block a method, its facts below each other: columns of their own would be too narrow for words."""
+    table = Table("method", "what", show_lines=True)
     for name, row in rows.items():
-        table.add_row(name, *(row[column] for column in columns))
+        facts = Table.grid("", "", padding=(0, 2, 0, 0))
+        for column in _COLUMNS[1:]:
+            facts.add_row(Text(column, style="dim"), Text(row[column]))
+        table.add_row(Text(name, style="bold"), Group(Text(row["title"]), facts))
     return table

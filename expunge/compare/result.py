@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,21 @@ class Row:
         """The row in a few words."""
         before, after = self.target
         return f"{100 * before.value:.1f} % -> {100 * after.value:.1f} %, others fall by {self.fall:.2f} points"
+
+
+@dataclass(frozen=True)
+class Strips:
+    """What the grid shows of one concept.
+
+    Args:
+        columns: what each column's prompt asks for, in a few words.
+        split: the first column of other concepts.
+        rows: uint8 `[3, H, W]` pictures by row of the comparison, the base model's first ("base").
+    """
+
+    columns: Sequence[str]
+    split: int
+    rows: Mapping[str, Sequence[Any]]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from expunge import demo, erase, restore
 from expunge.compare.measure import Probe, cost, tensor_bytes_of
-from expunge.compare.result import Comparison, Row, score
+from expunge.compare.result import Comparison, Row, Strips, score
 from expunge.compare.trials import TARGETS, Trial, shots_of
 from expunge.demo.scoring import GUIDANCE, STEPS, generate
 from expunge.demo_run.plan import Shot
@@ -81,7 +81,7 @@ class Runner:
                 found.append(score(trial, self._shots(word), base, self._measure(trial)))
                 self._say(f"{trial.row} on {word}: {found[-1].line()}")
         comparison = Comparison(found, self._sizes(), self.folder)
-        page.write(comparison, self._strips(rows, concepts), concepts)
+        page.write(comparison, {word: self._strips(rows, word) for word in concepts})
         return comparison
 
     def _shots(self, concept: str) -> list[Shot]:
@@ -135,18 +135,20 @@ class Runner:
             if first <= index < first + len(array):
                 numpy.save(self.folder / f"{name}.{index}.npy", array[index - first])
 
-    def _strips(self, rows: Sequence[str], concepts: Sequence[str]) -> dict[tuple[str, str], list[Any]]:
-        """For the grid: by concept and row, the kept pictures of the concept and of others."""
-        strips: dict[tuple[str, str], list[Any]] = {}
-        for word in concepts:
-            for row in ("base", *rows):
-                name = f"base--{word}" if row == "base" else Trial(row, word, self.seed).folder
-                strips[word, row] = [
-                    numpy.load(self.folder / f"{name}.{index}.npy")
-                    for start, count in ((0, self.targets), (self.targets, self.others))
-                    for index in range(start, start + min(SHOWN, count))
-                ]
-        return strips
+    def _strips(self, rows: Sequence[str], word: str) -> Strips:
+        """For the grid: the kept pictures of the concept and of others, of the base model and of each row."""
+        shown = min(SHOWN, self.targets)
+        wanted = [*range(shown), *range(self.targets, self.targets + min(SHOWN, self.others))]
+        shots = self._shots(word)
+        return Strips(
+            [f"{shots[index].object}, {shots[index].style}" for index in wanted],
+            shown,
+            {"base": self._kept(f"base--{word}", wanted)}
+            | {row: self._kept(Trial(row, word, self.seed).folder, wanted) for row in rows},
+        )
+
+    def _kept(self, name: str, wanted: Sequence[int]) -> list[Any]:
+        return [numpy.load(self.folder / f"{name}.{index}.npy") for index in wanted]
 
     def _write(self, path: Path, record: dict[str, Any]) -> None:
         replace_file(path, (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -28,8 +28,9 @@ TARGETS = 96  # pictures of an erased concept
 
 
 def row_names() -> list[str]:
-    """What may be compared: every method of the bundled model, and the variants."""
-    return [*(name for name in METHODS if name not in ELSEWHERE), ITD, *VARIANTS]
+    """What may be compared: every method of the bundled model, each with its variants."""
+    names = [name for name in METHODS if name not in ELSEWHERE]
+    return [row for name in names for row in (name, *(v for v, (of, _) in VARIANTS.items() if of == name))] + [ITD]
 
 
 def told(row: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CELL, GAP, LABEL, HEAD = 96, 6, 150, 26  # pixels: a picture's side, between pictures, row label, column label
+SPLIT = 24  # pixels, between two groups of columns, or two sheets
 PAPER, INK, MUTED = (255, 255, 255), (24, 24, 27), (113, 113, 122)
 
 
@@ -36,24 +37,41 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def grid(columns: Sequence[str], rows: Sequence[GridRow]) -> Image.Image:
-    """A sheet of rows of pictures with labels at the top and on the left."""
-    width = LABEL + max(len(row.pictures) for row in rows) * (CELL + GAP)
-    sheet = Image.new("RGB", (width, HEAD + len(rows) * (CELL + GAP)), PAPER)
+def grid(columns: Sequence[str], rows: Sequence[GridRow], split: int | None = None) -> Image.Image:
+    """A sheet of rows of pictures with labels at the top and on the left.
+
+    Args:
+        columns: the labels at the top.
+        rows: the pictures.
+        split: the column before which a gap parts two groups of pictures; None for one group.
+    """
+    places = [
+        LABEL + index * (CELL + GAP) + (SPLIT if split is not None and index >= split else 0)
+        for index in range(max(len(row.pictures) for row in rows))
+    ]
+    sheet = Image.new("RGB", (places[-1] + CELL + GAP, HEAD + len(rows) * (CELL + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    for index, text in enumerate(columns):
-        x = LABEL + index * (CELL + GAP) + CELL // 2
-        draw.text((x, HEAD // 2), clip(text, small, CELL), fill=MUTED, font=small, anchor="mm")
+    for x, text in zip(places, columns, strict=False):
+        draw.text((x + CELL // 2, HEAD // 2), clip(text, small, CELL), fill=MUTED, font=small, anchor="mm")
     for index, row in enumerate(rows):
         top = HEAD + index * (CELL + GAP)
         draw.text((8, top + CELL // 2 - 9), clip(row.label, font, LABEL - 12), fill=INK, font=font, anchor="lm")
         draw.text((8, top + CELL // 2 + 10), clip(row.note, small, LABEL - 12), fill=MUTED, font=small, anchor="lm")
-        for place, picture in enumerate(row.pictures):
+        for x, picture in zip(places, row.pictures, strict=False):
             # Nearest: the model draws 32 pixels, and smoothing would show what it did not draw.
-            large = picture.resize((CELL, CELL), Image.Resampling.NEAREST)
-            sheet.paste(large, (LABEL + place * (CELL + GAP), top))
+            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (x, top))
     return sheet
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets below each other."""
+    height = sum(sheet.height for sheet in sheets) + SPLIT * (len(sheets) - 1)
+    whole, top = Image.new("RGB", (max(sheet.width for sheet in sheets), height), PAPER), 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height + SPLIT
+    return whole
 
 
 def clip(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -10,6 +10,7 @@ from PIL import Image
 from expunge.cli.compare import result_table
 from expunge.compare import run
 from expunge.compare.run import Runner
+from expunge.demo_run.pictures import CELL, GAP, HEAD, LABEL, SPLIT
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def test_writes_table_grid_and_page_and_goes_on_where_it_stopped(
     page = (tmp_path / "index.html").read_text()
     assert "sparse autoencoder" in page and page.count("<img") == 1 and "Unified concept editing" in page
     with Image.open(tmp_path / "grid.png") as sheet:
-        assert sheet.height > sheet.width / 4 and sheet.height > 300  # base and two methods
+        assert sheet.size == (LABEL + 4 * (CELL + GAP) + SPLIT, HEAD + 3 * (CELL + GAP))  # base and two methods
     drawn: list[int] = []
     original = run.generate
 

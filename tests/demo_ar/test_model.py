@@ -113,6 +113,15 @@ def test_pictures_of_every_class_differ() -> None:
     assert Image.fromarray(shapes.render("ring", "red", "black", rng)).size == (32, 32)
 
 
+def test_new_pictures_are_others_of_the_same_classes() -> None:
+    drawn = [shapes.new_pictures(1, seed) for seed in (0, 0, 1)]
+    assert drawn[0].shape == (128, 3, 32, 32)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    readings = read_pictures(demo_ar.classifier(), (drawn[2] + 1) / 2, [Kind(*kind) for kind in world.classes()])
+    assert readings.share("all").hits == 128
+
+
 def test_shares_are_counted_by_what_was_wanted() -> None:
     wanted = [Kind("star", "red", "white"), Kind("star", "red", "black"), Kind("ring", "blue", "white")]
     read = [Kind("star", "blue", "white"), Kind("ring", "red", "black"), Kind("ring", "blue", "white")]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFont
 
-from expunge.demo_run.pictures import CELL, GAP, HEAD, LABEL, GridRow, clip, data_uri, grid, to_images
+from expunge.demo_run.pictures import CELL, GAP, HEAD, LABEL, SPLIT, GridRow, clip, data_uri, grid, stacked, to_images
 
 
 def plain(colour: tuple[int, int, int]) -> Image.Image:
@@ -28,6 +28,15 @@ def test_pictures_land_in_their_cells() -> None:
     assert sheet.getpixel((LABEL + middle, HEAD + CELL + GAP + middle)) == blue
     labels = np.asarray(sheet)[HEAD : HEAD + CELL, :LABEL]
     assert labels.min() < 100  # the label is drawn
+
+
+def test_a_gap_parts_two_groups_and_sheets_stand_below_each_other() -> None:
+    red, blue = (200, 10, 10), (10, 10, 200)
+    sheet = grid(["a", "b"], [GridRow("cat", "", [plain(red), plain(blue)])], split=1)
+    assert sheet.width == LABEL + 2 * (CELL + GAP) + SPLIT
+    assert sheet.getpixel((LABEL + CELL + GAP + SPLIT, HEAD)) == blue
+    both = stacked([sheet, plain(red)])
+    assert both.size == (sheet.width, sheet.height + SPLIT + 4) and both.getpixel((0, sheet.height + SPLIT)) == red
 
 
 def test_tensors_become_pictures() -> None:

@@ -36,7 +36,7 @@ def main(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="where everything is written")],
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
-    """Builds the bundled autoregressive demo model (about forty minutes on one core)."""
+    """Builds the bundled autoregressive demo model (about an hour on one core)."""
     if stage not in ("all", *STAGES):
         raise typer.BadParameter(f"expected all or one of {', '.join(STAGES)}, found {stage}")
     torch.set_num_threads(1)

@@ -48,7 +48,8 @@ Rendered by the builder itself from formulas; no foreign picture, font or text w
 
 ## Training
 VQ tokenizer: L1, colour at a quarter of the size, squared error and commitment, quantised by cosine. Language model:
-cross entropy of the image tokens, 10 % of the captions saying nothing. Averaged weights, seeded, one thread, on a CPU.
+cross entropy of the image tokens, 10 % of the captions saying nothing; the last cycle on pictures that were rendered
+for it. Averaged weights, seeded, one thread, on a CPU.
 `python -m expunge.demo_ar.builder all` does it again; other processors give other bits, so the scores below are what is
 promised, not the bytes. (The bundled tokenizer was trained beside a language model of width 128, which changes the
 first random numbers and nothing else.)
@@ -56,7 +57,7 @@ first random numbers and nothing else.)
 ## Figures
 {pictures} pictures at held-out seeds, guidance {guidance}, temperature {temperature}, read by a classifier that was
 trained on rendered pictures and on the same through the tokenizer, never on generated ones. `scores.json` has every
-class; its {per_class} pictures a class are few.
+class, of {per_class} pictures each.
 
 | | mean | lowest |
 |---|---|---|

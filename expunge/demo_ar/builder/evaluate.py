@@ -20,7 +20,7 @@ from expunge.demo_ar.scoring import Kind, Readings, read_pictures
 from expunge.erase_ops.janus.decoding import Sampling, draw_tokens
 from expunge.erase_ops.janus.family import JanusFamily
 
-PER_CLASS, FIRST_SEED, BATCH = 12, 90_000, 64
+PER_CLASS, FIRST_SEED, BATCH = 32, 90_000, 64
 
 
 def draw(family: JanusFamily, prompts: list[str], seeds: list[int]) -> Tensor:

@@ -90,5 +90,15 @@ def contact_sheet(pictures: np.ndarray, path: Path) -> None:
 
 def pictures(output: Path, split: str) -> Tensor:
     """float32 [n, 3, 32, 32] in -1..1, class by class."""
-    raw = torch.from_numpy(load_file(output / "data" / "pictures.safetensors")[split]).flatten(0, 1)
-    return raw.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # [classes*n, H, W, 3] -> [classes*n, 3, H, W]
+    return as_tensor(load_file(output / "data" / "pictures.safetensors")[split])
+
+
+def new_pictures(per_class: int, seed: int) -> Tensor:
+    """The same, rendered here: `per_class` of each class, by a generator that no stored picture comes from."""
+    rng = np.random.default_rng((seed, 1000))
+    return as_tensor(np.stack([np.stack([render(*kind, rng) for _ in range(per_class)]) for kind in classes()]))
+
+
+def as_tensor(raw: np.ndarray) -> Tensor:
+    """uint8 [classes, n, H, W, 3] -> float32 [classes*n, 3, H, W] in -1..1."""
+    return torch.from_numpy(raw).flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expunge.erase_ops.ear.config import EARConfig
-from expunge.erase_ops.ear.method import EARTraining
+from expunge.erase_ops.ear.method import EARTraining, left_out
 from expunge.erase_ops.ear.pairs import ConceptPair
 from expunge.erase_ops.ear.streams import EncodedPairs
 from expunge.erase_ops.ear.training import student_of
@@ -152,10 +152,11 @@ class TestWindows:
         found = windows(method_of(window=8, threshold_quantile=0.5), 8)
         assert sum("loss" not in losses for losses in found) == 4
 
-    def test_random_skips_are_drawn_by_the_generator(self, method_of: Callable[..., EARTraining]) -> None:
-        learnt = [["loss" in losses for losses in windows(method_of(window=4, random_skip=0.5), 16)] for _ in range(2)]
+    def test_random_skips_are_exactly_their_share(self, method_of: Callable[..., EARTraining]) -> None:
+        learnt = [["loss" in losses for losses in windows(method_of(window=4, random_skip=0.3), 32)] for _ in range(2)]
         assert learnt[0] == learnt[1]
-        assert 3 < sum(learnt[0]) < 13
+        assert sum(learnt[0]) == 32 - round(0.3 * 32)
+        assert left_out(0.3, 32, 1).tolist() != left_out(0.3, 32, 0).tolist()
 
     def test_all_streams_see_the_same_tokens_only_if_aligned(self, method_of: Callable[..., EARTraining]) -> None:
         for mode, same in (("aligned", True), ("independent", False), ("stateless", False)):

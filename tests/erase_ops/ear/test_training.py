@@ -93,6 +93,7 @@ def test_master_weights_are_float32(pipe: JanusPipeline) -> None:
     [
         ({"layers": (3, 4)}, "layers from 0 to 3"),
         ({"window": 0}, "window"),
+        ({"window": 65}, "window.*at most 64"),
         ({"threshold": -1.0}, "threshold"),
         ({"threshold_quantile": 1.0}, "threshold_quantile"),
         ({"space": "logits", "granularity": "element"}, "granularity"),
@@ -108,7 +109,13 @@ def test_settings_that_do_not_fit_are_refused(pipe: JanusPipeline, fields: dict[
 
 
 @pytest.mark.parametrize(
-    "fields", [{"gradient_checkpointing": True}, {"validation_steps": 1, "validation_prompts": ("a star",)}]
+    "fields",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"max_train_steps": 3},
+        {"validation_steps": 1, "validation_prompts": ("a star",)},
+    ],
 )
 def test_what_is_not_supported_says_so(pipe: JanusPipeline, tmp_path: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedOperationError, match=next(iter(fields))):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from expunge.erase_ops.spm.config import PRESETS, SPMTrainingConfig
+from expunge.erase_ops.spm.config import SPMTrainingConfig
+from expunge.erase_ops.spm.presets import PRESETS
 from expunge.erase_ops.training.config import help_for
 from expunge.erase_ops.training.prompts import PromptPair, fill, prompt_pairs
 from expunge.errors import InvalidInputError

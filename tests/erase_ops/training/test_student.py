@@ -1,6 +1,5 @@
 """Selected parameters: the student stands in the module, the teacher is the module's own weights, both in one model."""
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from trainer_checks import teacher_bytes
 
 from expunge.erase_ops.training.student import ParameterStudent
 
@@ -107,27 +107,11 @@ def test_tied_parameters_change_together() -> None:
     assert module[1].weight is module[0].weight
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors that are alive, each storage counted once."""
-    gc.collect()
-    storages = {}
-    for item in gc.get_objects():
-        if issubclass(type(item), Tensor):  # isinstance would wake lazy objects
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("selection", ["esd-x", "full"])
 def test_the_teacher_costs_the_trained_parameters_only(
     unet: UNet2DConditionModel, inputs: Inputs, selection: str
 ) -> None:
-    before = live_bytes()
-    with ParameterStudent.of(unet, selection).installed() as student:
-        with torch.no_grad(), student.teacher():
-            output = run(unet, inputs)
-        trained = sum(parameter.nbytes for parameter in student.parameters().values())
-        extra = live_bytes() - before - output.nbytes
+    extra, trained = teacher_bytes(unet, selection, lambda: run(unet, inputs))
     assert 0 < extra <= trained
 
 
