@@ -21,11 +21,6 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_sd: Make) -> Any:
-    return tiny_sd()
-
-
-@pytest.fixture(scope="module")
 def made(pipe: Any, itd_for: Make) -> Any:
     return itd_for(pipe, "cat", "monet", fields={"strength": -8.0, "settings": {"n": 32}})
 

@@ -34,17 +34,6 @@ LAYER = 1
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_sd: Make) -> Any:
-    return tiny_sd()
-
-
-@pytest.fixture
-def encoder(pipe: Any) -> Any:
-    """A fresh copy."""
-    return copy.deepcopy(pipe.text_encoder)
-
-
-@pytest.fixture(scope="module")
 def cat(pipe: Any, itd_for: Make) -> Any:
     return itd_for(pipe, "cat")
 

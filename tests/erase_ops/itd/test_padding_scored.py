@@ -23,17 +23,6 @@ PROMPTS = ["a cat", "a photo of a cat on a sofa", "a dog", "a house in the night
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_sd: Make) -> Any:
-    return tiny_sd()
-
-
-@pytest.fixture
-def encoder(pipe: Any) -> Any:
-    """A fresh copy."""
-    return copy.deepcopy(pipe.text_encoder)
-
-
-@pytest.fixture(scope="module")
 def adapter(pipe: Any, sae_for: Make) -> Any:
     """One of tokens="all" whose features fire on every prompt; its threshold lies between their scores."""
     sae = sae_for(pipe.text_encoder)

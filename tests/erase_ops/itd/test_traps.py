@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,16 +21,6 @@ from expunge.errors import UnsupportedOperationError
 
 Make = Callable[..., Any]
 LAYER = 1
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny_sd: Make) -> Any:
-    return tiny_sd()
-
-
-@pytest.fixture
-def encoder(pipe: Any) -> Any:
-    return copy.deepcopy(pipe.text_encoder)
 
 
 @pytest.fixture(scope="module")
