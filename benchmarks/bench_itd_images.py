@@ -29,6 +29,7 @@ from expunge import demo, erase, restore
 from expunge.demo.builder.concepts import fill
 from expunge.demo.scoring import Share
 from expunge.demo_run.itd_recipe import make_adapter
+from expunge.erase_ops.itd.attach import attach, detach
 from expunge.erase_ops.itd.classifier import area_under_curve, is_flagged
 
 OBJECTS = ("cat", "panda", "car")
@@ -221,21 +222,20 @@ def twenty_at_once(bench: ItDBench) -> list[Bar]:
 
 
 def invariance(bench: ItDBench) -> list[Bar]:
-    """Scores and decisions of the same prompts in batches of 1, 4 and 16, padded in full and to the longest."""
-    from expunge.erase_ops.itd.features import hidden_states, tokenize
-
+    """What an erased encoder finds of the same prompts in batches of 1, 4 and 16, padded in full and to the longest."""
     name = OBJECTS[0]
-    adapter = bench.adapters[name]
+    adapter, pipe = bench.adapters[name], bench.pipe
     prompts = [*(i.prompt for i in of_object(name, 8, SEED)), *not_naming({name}, 1000, 5)[:8]]
+    attachment = attach(pipe.text_encoder, [adapter], pad_token_id=pipe.tokenizer.pad_token_id)
     found = []
     for padding in ("max_length", "longest"):
         for size in (1, 4, 16):
-            parts = []
-            for start in range(0, len(prompts), size):
-                batch = tokenize(bench.pipe.tokenizer, prompts[start : start + size], padding=padding)
-                states = hidden_states(bench.pipe.text_encoder, batch, adapter.layer)
-                parts.append(adapter.scores(states, batch.text))
-            found.append(torch.cat(parts))
+            with attachment.recording() as records:
+                for start in range(0, len(prompts), size):
+                    batch = prompts[start : start + size]
+                    pipe.text_encoder(pipe.tokenizer(batch, padding=padding, return_tensors="pt").input_ids)
+            found.append(torch.cat([record.scores[:, 0] for record in records]))
+    detach(pipe.text_encoder)
     scores = torch.stack(found)  # [6, n]
     spread = ((scores.amax(0) - scores.amin(0)) / scores.amax(0).clamp(min=1e-12)).max().item()
     decisions = is_flagged(scores, adapter.threshold)

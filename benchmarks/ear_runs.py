@@ -149,16 +149,17 @@ class Bench:
         return make
 
     def random_that_erases(self, seed: int) -> Made:
-        """The smallest doubling of such a change after which at most 1 of 50 pictures shows the concept."""
-        times = 1.0
-        while True:
+        """The smallest doubling of such a change after which the concept is drawn no more often than a guess among the
+        shapes would. (Wrecked pictures are read as something, so that no random change takes a share to zero.)"""
+        chance = 1 / len(self.tables["shapes"])
+        for times in (2.0**power for power in range(12)):
             made = self.random(times)(seed)
             erase(self.pipe, [made.delta])
             share = self.draw(CHOOSING_SEED + 100_000 * seed, 64).share("shape", shape=self.concept)
             restore(self.pipe)
-            if share.value <= 0.02:
+            if share.value <= chance:
                 return Made(made.delta, [{"times": times}])
-            times *= 2
+        raise RuntimeError(f"no random change of up to {times:g} times the norm takes {self.concept} to {chance:.0%}")
 
 
 def state_of_the_package() -> str:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/itd.md", "docs/methods.md")
+DOCUMENTS = ("README.md", "docs/ear.md", "docs/itd.md", "docs/methods.md")
 # Marker in a document -> the result files whose rows stand there.
 FIGURES = {
     "spm_images": ("spm_images",),
     "spm_cost": ("spm_cost", "spm_training", "spm_fixtures"),
     "itd": ("itd",),
+    "ear": ("ear",),
     "erasers": ("erasers",),
 }
 
@@ -30,7 +31,8 @@ def table(names: tuple[str, ...]) -> str:
     lines = ["| what | bar | found |", "|---|---|---|"]
     for name in names:
         record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [f"| {row['what']} | {row['bar']} | {row['found']} |" for row in record["rows"]]
+        cells = [[row[key].replace("|", r"\|") for key in ("what", "bar", "found")] for row in record["rows"]]
+        lines += [f"| {' | '.join(each)} |" for each in cells]
     return "\n".join(lines)
 
 

@@ -59,15 +59,24 @@ def _topk_of_rows(centered: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, T
     for start, stop in stream.bounds(first=max(FIRST_TILE, k)):
         scores = stream.tile(centered, start, stop)
         if start == 0:
-            values, indices = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).sort(
-                dim=1, descending=True, stable=True
-            )
+            values, indices = _best_of_first(scores, k)
         else:
             fresh, ids = _newcomers(scores, values[:, -1:], start)
             values, order = torch.cat([values, fresh], 1).sort(dim=1, descending=True, stable=True)
             indices = torch.cat([indices, ids], 1).gather(1, order)
         values, indices = values[:, :k].clone(), indices[:, :k].clone()  # the rest of the sort is let go
     return values, indices
+
+
+def _best_of_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """At least the k best of the first tile's scores [T, n], in order: all that are not below the k-th, sorted."""
+    scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    worst = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
+    if bool((worst == -torch.inf).any()):  # nothing is below it, and which of them are taken is for their ids to say
+        return scores.sort(dim=1, descending=True, stable=True)
+    values, ids = _newcomers(scores, worst.nextafter(worst.new_tensor(-torch.inf)), 0)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
 
 
 def _newcomers(scores: Tensor, worst: Tensor, start: int) -> tuple[Tensor, Tensor]:

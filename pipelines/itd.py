@@ -49,7 +49,8 @@ def prepare(
     fitted = [_fit(adapter, component, found, allow_mismatch=settings["allow_mismatch"]) for adapter in adapters]
     _check_reach(family, component, encoder, fitted[0].layer, clip_skip=None)
     tokenizer = family.tokenizer_of(pipe, component)
-    return prepare_encoder(encoder, fitted, own, eos_token_id=getattr(tokenizer, "eos_token_id", None))
+    special = {name: getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
+    return prepare_encoder(encoder, fitted, own, **special)
 
 
 def remember_weights(pipe: Any, family: PipelineFamily, attached: Mapping[str, ItDAttachment]) -> None:

@@ -144,6 +144,7 @@ def _check_supported(family: JanusFamily, config: EARConfig, processes: int) -> 
 
 def _windows(config: EARConfig, image_tokens: int) -> int:
     """Steps of the whole training, which no one else may set: a shorter one would leave pairs out unsaid."""
+    config.require("window", lambda value: value <= image_tokens, f"at most {image_tokens}, a picture's tokens")
     steps, default = config.steps(image_tokens), EARConfig.__dataclass_fields__["max_train_steps"].default
     if config.max_train_steps not in (steps, default):
         raise UnsupportedOperationError(

@@ -26,6 +26,7 @@ from expunge.erase_ops.itd.classifier import (
 from expunge.erase_ops.itd.concepts import concept_ids, hot_features, select_rows, union_of
 from expunge.erase_ops.itd.features import encoded_prompts
 from expunge.erase_ops.itd.files import SAESource, read_itd, write_itd
+from expunge.erase_ops.itd.tokens import TOKEN_SETS, TokenSet
 from expunge.erase_ops.sae.model import SparseAutoencoder
 from expunge.erase_ops.sae.rows import SAERows
 from expunge.errors import AdapterFormatError, InvalidInputError
@@ -45,6 +46,7 @@ class ItDAdapter:
         strength: what erased activations are multiplied by in flagged prompts: 0 takes them out, -8 is ItD's.
         detection_strength: the same for the score alone; 0 gives the plain size of what is taken out.
         score: how tokens make a prompt's score, see `classifier`; "official" needs the whole autoencoder.
+        tokens: which tokens make it: "own", the prompt's, or "all" but BOS of the prompt padded in full (CLIP only).
         hot: `[s]` int64, features that fire most often, which spare most tokens the whole encoder; None: no such set.
         sae: the whole autoencoder, which adding concepts, "official" scores and `mode="official"` need; None where
             only the erased rows were loaded.
@@ -68,6 +70,7 @@ class ItDAdapter:
     strength: float = 0.0
     detection_strength: float = 0.0
     score: Score = "max"
+    tokens: TokenSet = "own"
     hot: Tensor | None = None
     sae: SparseAutoencoder | None = field(default=None, repr=False)
     sae_source: SAESource | None = None
@@ -84,6 +87,7 @@ class ItDAdapter:
         _require(same, "rows", "rows of the concepts' features, ascending", f"{len(self.rows.ids)} for {len(union)}")
         _require(self.rows.config.layer is not None, "rows.config.layer", "the block that it reads", "None")
         _require(self.score in SCORES, "score", f"one of {', '.join(SCORES)}", repr(self.score))
+        _require(self.tokens in TOKEN_SETS, "tokens", f"one of {', '.join(TOKEN_SETS)}", repr(self.tokens))
         _require(self.family in ("sd", "sdxl"), "family", "'sd' or 'sdxl'", repr(self.family))
         for name in ("strength", "detection_strength"):
             number = getattr(self, name)
@@ -156,6 +160,7 @@ class ItDAdapter:
             "strength": self.strength,
             "detection_strength": self.detection_strength,
             "score": self.score,
+            "tokens": self.tokens,
             "text_encoder_fingerprint": self.text_encoder_fingerprint,
             "calibration": self.calibration,
             "settings": self.settings,
@@ -212,7 +217,8 @@ class ItDAdapter:
 
         Args:
             states: `[B, L, d]`, the block's output.
-            own: `[B, L]` bool, the prompts' own tokens: neither BOS nor padding.
+            own: `[B, L]` bool, the tokens that make the score: of tokens="own" neither BOS nor padding; of "all"
+                everything but BOS, and L is the encoder's full length.
             bos: `[B, L]` bool, BOS, which the "official" score counts; None: there is none.
 
         Returns:
@@ -255,7 +261,7 @@ class ItDAdapter:
         encoder = (text_encoder, tokenizer, prompts, self.layer)
         for states, own, bos in encoded_prompts(*encoder, attention_mask=attention_mask):
             rows = rows if rows.ids.device == states.device else rows.to(states.device)  # moved once
-            parts.append(self._scores(rows, states, own, bos).cpu())
+            parts.append(self._scores(rows, states, own if self.tokens == "own" else ~bos, bos).cpu())
         return torch.cat(parts)
 
     def calibrate(
@@ -286,7 +292,7 @@ class ItDAdapter:
         encoder = {"text_encoder": text_encoder, "tokenizer": tokenizer, "attention_mask": attention_mask}
         known = None if target is None else self.prompt_scores(prompts=target, **encoder)
         threshold, record = calibrate_scores(self.prompt_scores(prompts=benign, **encoder), target_fpr, known)
-        record |= {"score": self.score, "detection_strength": self.detection_strength}
+        record |= {"score": self.score, "tokens": self.tokens, "detection_strength": self.detection_strength}
         record |= {"benign_sha256": prompts_digest(benign)}
         self.threshold, self.calibration = threshold, record
         return threshold

@@ -19,9 +19,16 @@ from torch import nn
 from expunge.erase_ops.carrier import Group, move_host_hooks
 from expunge.erase_ops.hookpoints import block_path
 from expunge.erase_ops.itd.banks import make_banks
-from expunge.erase_ops.itd.block import PLAIN, ItDBlock, Running, make_block
+from expunge.erase_ops.itd.block import LOOK, PLAIN, ItDBlock, Running, make_block
 from expunge.erase_ops.itd.editing import MODES, Editor, ItDRecord, Mode, Settings
-from expunge.erase_ops.itd.tokens import end_of_text, rule_of, split_tokens
+from expunge.erase_ops.itd.tokens import (
+    Tokens,
+    end_of_text,
+    full_length,
+    padded_in_full,
+    rule_of,
+    split_tokens,
+)
 from expunge.erase_ops.sites import holder, resolve, unwrap
 from expunge.erase_ops.unedited import is_unedited
 from expunge.errors import AdapterMismatchError, ErasureLostError, InvalidInputError, UnsupportedOperationError
@@ -51,11 +58,22 @@ class ItDAttachment:
     plan: Plan = ()
     fingerprint: str | None = None
 
-    def __init__(self, encoder: nn.Module, editor: Editor, block: ItDBlock, original: nn.Module, eos: int | None):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        editor: Editor,
+        block: ItDBlock,
+        original: nn.Module,
+        eos: int | None,
+        pad: int | None,
+    ) -> None:
         self.adapters, self.settings, self.editor = editor.adapters, editor.settings, editor
         self.block, self.original, self.group, self.path = block, original, block.group, block.path
         self.last: ItDRecord | None = None
-        self._rule, self._eos = rule_of(getattr(encoder, "config", None)), eos
+        config = getattr(encoder, "config", None)
+        self._rule, self._eos, self._pad = rule_of(config), eos, pad
+        every = any(adapter.tokens == "all" for adapter in self.adapters)
+        self._length = full_length(config) if every else None  # that prompts are scored at; None: any
         self._running = block.running
         self._hooks: list[Any] = []
 
@@ -113,19 +131,40 @@ class ItDAttachment:
     @torch.compiler.disable
     def _enter(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = self._running
-        running.work, running.record = None, None
+        if running.work == LOOK:
+            return  # `_padded` is calling the encoder
+        running.work, running.record, running.full = None, None, None
         self.check(encoder)
         if is_unedited():
             running.work = PLAIN
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        running.work = split_tokens(self._rule, self._eos, ids, mask)
+        tokens = split_tokens(self._rule, self._eos, ids, mask)
+        if self._length is not None and tokens.own.shape[1] < self._length:
+            running.full = self._padded(encoder, ids, mask)
+        running.work = tokens
+
+    def _padded(self, encoder: nn.Module, ids: Any, mask: Any) -> tuple[torch.Tensor, Tokens]:
+        """The block's unedited states of a call's prompts padded in full, and their tokens."""
+        assert self._length is not None and self._pad is not None
+        ids, mask = padded_in_full(ids, mask, self._length, self._pad)
+        running = self._running
+        running.work = LOOK
+        try:
+            with torch.no_grad():
+                encoder(input_ids=ids, attention_mask=mask)
+            assert running.seen is not None
+            return running.seen, split_tokens(self._rule, self._eos, ids, mask)
+        finally:
+            running.work, running.seen = None, None
 
     @torch.compiler.disable
     def _leave(self, output: Any) -> None:
         running = self._running
-        record, running.work, running.record = running.record, None, None
+        if running.work == LOOK:
+            return
+        record, running.work, running.record, running.full = running.record, None, None, None
         if record is None or output is None:
             return  # nothing was looked at, or an exception is under way
         self.last = record
@@ -146,6 +185,7 @@ def attach(
     mode: Mode = "delta",
     allow_embeddings: bool = False,
     eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
 ) -> ItDAttachment:
     """Attaches ItD erasures to a text encoder, in place. What was attached before is replaced.
 
@@ -165,6 +205,7 @@ def attach(
             autoencoder).
         allow_embeddings: for pipelines: whether embeddings are accepted, which nothing can look at.
         eos_token_id: of the tokenizer; None: as the encoder's config says.
+        pad_token_id: of the tokenizer, for adapters that score all tokens; None: the end-of-text token, as of CLIP.
 
     Returns:
         the attachment.
@@ -176,11 +217,16 @@ def attach(
     """
     multipliers = tuple(multiplier) if isinstance(multiplier, Sequence) else (multiplier,) * len(adapters)
     settings = Settings(multipliers, gate, score_threshold, strength, edit_negative, mode, allow_embeddings)
-    return prepare(encoder, adapters, settings, eos_token_id=eos_token_id)()
+    return prepare(encoder, adapters, settings, eos_token_id=eos_token_id, pad_token_id=pad_token_id)()
 
 
 def prepare(
-    encoder: nn.Module, adapters: Sequence[ItDAdapter], settings: Settings, *, eos_token_id: int | None = None
+    encoder: nn.Module,
+    adapters: Sequence[ItDAdapter],
+    settings: Settings,
+    *,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
 ) -> Callable[[], ItDAttachment]:
     """Everything that `attach` does but the change of the encoder, which the returned function makes.
 
@@ -201,7 +247,8 @@ def prepare(
     device = next((p.device for p in original.parameters() if not p.is_meta), torch.device("cpu"))
     tensors = [{name: tensor.to(device) for name, tensor in of_bank.items()} for _, of_bank in banks]
     block = make_block(original, Group(), Running(), path, editor, tensors)
-    attachment = ItDAttachment(plain, editor, block, original, eos)
+    pad = eos if pad_token_id is None else pad_token_id
+    attachment = ItDAttachment(plain, editor, block, original, eos, pad)
 
     def install() -> ItDAttachment:
         detach(encoder)
@@ -289,6 +336,13 @@ def _path(encoder: nn.Module, adapters: Sequence[ItDAdapter]) -> str:
     config: Any = getattr(encoder, "config", None)
     width = getattr(config, "hidden_size", None)
     for adapter in adapters:
+        if adapter.tokens == "all" and full_length(config) is None:
+            raise UnsupportedOperationError(
+                f"adapter {adapter.name!r}",
+                expected="an encoder of CLIP for tokens='all', since its prompts have one full length",
+                found=str(getattr(config, "model_type", None)),
+                fix="Find features and set the threshold with tokens='own'.",
+            )
         if adapter.rows.config.d_in != width:
             raise AdapterMismatchError(
                 f"adapter {adapter.name!r}",

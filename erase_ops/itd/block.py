@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from expunge.erase_ops.itd.editing import Editor, ItDRecord
 
 PLAIN = "plain"  # what a call is in which nothing is edited
+LOOK = "look"  # the same, of which the block's states are kept
 Work: TypeAlias = "Tokens | str | None"
 
 
@@ -31,6 +32,8 @@ class Running(threading.local):
     """What the block does in this thread's call of its encoder, set at the encoder's entry; None outside of one."""
 
     work: Work = None
+    full: tuple[Tensor, Tokens] | None = None  # states [B, L', d] of the prompts padded in full, and their tokens
+    seen: Tensor | None = None  # what a call of `LOOK` has kept
     record: ItDRecord | None = None
 
     def __reduce__(self) -> tuple[type[Running], tuple[()]]:
@@ -68,9 +71,11 @@ class ItDBlock(KeepsDtype):
                 fix="Call the text encoder itself, not its parts; after moving blocks into another model, erase that.",
             )
         if not isinstance(work, Tokens):
+            if work == LOOK:
+                self.running.seen = state_of(output)
             return output
         state = state_of(output)
-        edited, self.running.record = self.editor.edit(self, state, work)
+        edited, self.running.record = self.editor.edit(self, state, work, self.running.full)
         return output if edited is state else with_state(output, edited)
 
     def rows(self, index: int, bank: Bank, like: Tensor) -> tuple[SAERows, Tensor | None]:

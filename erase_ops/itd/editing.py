@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ class ItDRecord:
     Args:
         scores: `[B, N]` float32.
         flagged: `[B, N]` bool: the prompts that were edited for each adapter.
-        peaks: of each adapter, `[B, m_i]` float32: the largest activation of each of its features on own tokens.
-        certified: `[B]` float32, the share of own tokens that the certificate proved untouched; None without one.
+        peaks: of each adapter, `[B, m_i]` float32: the largest activation of each of its features on scored tokens.
+        certified: `[B]` float32, the share of scored tokens that the certificate proved untouched; None without one.
         untouched: `[B]` float32, the share of all tokens that keep their bits.
     """
 
@@ -63,11 +63,15 @@ class ItDRecord:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What own tokens fire of one bank."""
+    """What the scored tokens fire of one bank."""
 
     rows: SAERows
+    scored: Tensor  # [B, L] bool
     acts: Tensor  # [B, L, m] float32
     certified: Tensor | None  # [B, L] bool
+
+
+Known: TypeAlias = tuple[Tensor, Tensor]  # of one bank: activations [B, L, m], 0 but where a token is [B, L] scored
 
 
 @dataclass(eq=False)
@@ -85,33 +89,46 @@ class Editor:
     settings: Settings
 
     @torch.compiler.disable  # which prompts are flagged depends on the data
-    def edit(self, block: ItDBlock, x: Tensor, tokens: Tokens) -> tuple[Tensor, ItDRecord]:
-        """The states `[B, L, d]` after erasing, and what was found; x itself if no prompt is flagged."""
-        tokens = Tokens(*(mask.to(x.device).expand(x.shape[:2]) for mask in tokens))
+    def edit(
+        self, block: ItDBlock, x: Tensor, tokens: Tokens, full: tuple[Tensor, Tokens] | None = None
+    ) -> tuple[Tensor, ItDRecord]:
+        """The states after erasing, and what was found; x itself if no prompt is flagged.
+
+        Args:
+            block: which has the banks' tensors.
+            x: `[B, L, d]`, its states.
+            tokens: of the call.
+            full: where prompts are padded less than in full and an adapter scores all tokens, the states
+                `[B, L', d]` and tokens of the prompts padded in full, which are scored instead.
+        """
+        tokens = on_device(tokens, x)
+        looked, of_looked = (x, tokens) if full is None else (full[0], on_device(full[1], full[0]))
         with torch.no_grad():
-            found = [self._look(block, index, bank, x, tokens) for index, bank in enumerate(self.banks)]
-            scores, peaks = self._scores(found, x, tokens)
+            found = [self._look(block, index, bank, looked, of_looked) for index, bank in enumerate(self.banks)]
+            scores, peaks = self._scores(found, looked, of_looked)
             flagged = self._flagged(scores)
         rows = flagged.any(1).nonzero()[:, 0]  # the one thing that a GPU is waited for
         if len(rows) == 0:
-            return x, self._record(scores, flagged, peaks, found, tokens, x.new_ones(x.shape[0]))
+            return x, self._record(scores, flagged, peaks, found, x.new_ones(x.shape[0]))
         part = Tokens(*(mask[rows] for mask in tokens))
         edit = self._replaced if self.settings.mode == "official" else self._taken_out
-        known = [one.acts[rows] for one in found]
+        known = [(one.acts[rows, : x.shape[1]], one.scored[rows, : x.shape[1]]) for one in found]
         edited = edit(block, x[rows], part, flagged[rows], known)
         changed = (edited != x[rows]).any(-1).float().mean(1)
         untouched = torch.ones(len(x), device=x.device).index_copy(0, rows, 1 - changed.detach())
         out = edited if len(rows) == len(x) else x.index_copy(0, rows, edited)
-        return out, self._record(scores, flagged, peaks, found, tokens, untouched)
+        return out, self._record(scores, flagged, peaks, found, untouched)
 
     # Looking
 
     def _look(self, block: ItDBlock, index: int, bank: Bank, x: Tensor, tokens: Tokens) -> Found:
         rows, hot = block.rows(index, bank, x)
+        every = any(self.adapters[adapter].tokens == "all" for adapter, _ in bank.members)
+        scored = tokens.scored("all" if every else "own")
         if hot is None:
-            return Found(rows, rows.membership(x, tokens.own), None)
-        _, report = rows.erase(x, 1.0, tokens.own, hot)  # a strength of 1 edits nothing
-        return Found(rows, report.acts, report.certified)
+            return Found(rows, scored, rows.membership(x, scored), None)
+        _, report = rows.erase(x, 1.0, scored, hot)  # a strength of 1 edits nothing
+        return Found(rows, scored, report.acts, report.certified)
 
     def _scores(self, found: Sequence[Found], x: Tensor, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """`[B, N]`, and of each adapter `[B, m_i]`."""
@@ -122,13 +139,14 @@ class Editor:
                 adapter, whole = self.adapters[index], len(places) == of_bank.acts.shape[-1]
                 chosen = slice(None) if whole else places.to(x.device)
                 acts, strength = of_bank.acts[..., chosen], adapter.detection_strength
-                peaks[index] = acts.amax(1)
+                scored = tokens.scored(adapter.tokens)
+                peaks[index] = (acts * scored[..., None]).amax(1)
                 if adapter.score == "official":
                     features, sae = of_bank.rows.ids[chosen], adapter.whole(x.device)
-                    scores[:, index] = official_scores(sae, x, features, tokens.own, tokens.bos, strength)
+                    scores[:, index] = official_scores(sae, x, features, scored, tokens.bos, strength)
                 else:
                     w_dec = of_bank.rows.W_dec[chosen]
-                    scores[:, index] = delta_scores(acts, w_dec, tokens.own, strength, adapter.score)
+                    scores[:, index] = delta_scores(acts, w_dec, scored, strength, adapter.score)
         if not bool(scores.isfinite().all() & x.isfinite().all()):
             raise NonFiniteError(
                 "hidden states",
@@ -157,13 +175,10 @@ class Editor:
 
     # Editing
 
-    def _taken_out(
-        self, block: ItDBlock, x: Tensor, tokens: Tokens, flagged: Tensor, known: Sequence[Tensor]
-    ) -> Tensor:
-        """x' = x - Σ (1 - s) a d over the features of the adapters that flagged each prompt.
+    def _taken_out(self, block: ItDBlock, x: Tensor, tokens: Tokens, flagged: Tensor, known: Sequence[Known]) -> Tensor:
+        """x' - Σ (1 - s) a d over the features of the adapters that flagged each prompt.
 
-        `known` has the activations on own tokens, `[B, L, m]` of each bank; where gradients are wanted they are made
-        again.
+        `known` has the activations on scored tokens; where gradients are wanted they are made again.
         """
         out, again = x, torch.is_grad_enabled() and x.requires_grad
         for index, bank in enumerate(self.banks):
@@ -171,8 +186,9 @@ class Editor:
             members = [adapter for adapter, _ in bank.members]
             if not bool(flagged[:, members].any()):
                 continue
-            acts = rows.membership(x, tokens.edited if again else tokens.edited & ~tokens.own)
-            acts = acts if again else acts + known[index]
+            before, scored = known[index]
+            acts = rows.membership(x, tokens.edited if again else tokens.edited & ~scored)
+            acts = acts if again else acts + before
             amount = acts * self._weights(bank, flagged, acts)[:, None]  # [B, L, m]
             out = sae_delta(out, amount, rows.W_dec)
         return out
@@ -188,7 +204,7 @@ class Editor:
             weights[:, places] = torch.where(stronger, own, before)
         return weights
 
-    def _replaced(self, block: ItDBlock, x: Tensor, tokens: Tokens, flagged: Tensor, known: Sequence[Tensor]) -> Tensor:
+    def _replaced(self, block: ItDBlock, x: Tensor, tokens: Tokens, flagged: Tensor, known: Sequence[Known]) -> Tensor:
         """ItD's own edit: every token of a flagged prompt becomes its reconstruction, BOS too."""
         rows, _ = block.rows(0, self.banks[0], x)
         return official_edit(self.adapters[0].whole(x.device), x, rows.ids, tokens.edited, self.strengths[0])
@@ -201,13 +217,18 @@ class Editor:
         flagged: Tensor,
         peaks: Sequence[Tensor],
         found: Sequence[Found],
-        tokens: Tokens,
         untouched: Tensor,
     ) -> ItDRecord:
         proofs = [one.certified for one in found if one.certified is not None]
         certified = None
         if len(proofs) == len(found):
-            proved = torch.stack(proofs).all(0) & tokens.own
-            certified = (proved.sum(1) / tokens.own.sum(1).clamp(min=1)).cpu()
+            scored = torch.stack([one.scored for one in found]).any(0)  # [B, L]
+            proved = torch.stack(proofs).all(0) & scored
+            certified = (proved.sum(1) / scored.sum(1).clamp(min=1)).cpu()
         own = tuple(peak.cpu() for peak in peaks)
         return ItDRecord(scores.cpu(), flagged.cpu(), own, certified, untouched.float().cpu())
+
+
+def on_device(tokens: Tokens, states: Tensor) -> Tokens:
+    """The tokens of some hidden states `[B, L, d]`, on their device and of their shape."""
+    return Tokens(*(mask.to(states.device).expand(states.shape[:2]) for mask in tokens))

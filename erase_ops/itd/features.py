@@ -2,7 +2,7 @@
 
 Formula (ItD, arXiv 2503.09446; the two shares are added here, and 0 gives its rule):
 
-    top_n(prompt)  the n features whose largest activation over the prompt's own tokens is largest, none that is 0
+    top_n(prompt)  the n features whose largest activation over the prompt's tokens is largest, none that is 0
     F(concept)   = features in top_n of more than `target_share` of its prompts
                    - features in top_n of any prompt of the remaining concepts
                    - features in top_n of more than `benign_share` of the benign prompts
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from expunge.erase_ops.itd.tokens import TokenSet
 from expunge.erase_ops.sae.activations import hidden_states, tokenize
 from expunge.erase_ops.unedited import unedited
 from expunge.errors import InvalidInputError
@@ -41,7 +42,7 @@ def top_features(sae: SparseAutoencoder, states: Tensor, own: Tensor, n: int = T
     Args:
         sae: the autoencoder.
         states: `[B, L, d]`, hidden states of B prompts.
-        own: `[B, L]` bool, the tokens that count: neither BOS nor padding.
+        own: `[B, L]` bool, the tokens that count: not BOS, and padding only on purpose.
         n: how many of each prompt at most; a feature that is not active is never taken.
 
     Returns:
@@ -122,6 +123,7 @@ def prompt_features(
     prompts: Sequence[str],
     *,
     n: int | None = None,
+    tokens: TokenSet = "own",
     attention_mask: bool = False,
 ) -> list[Tensor]:
     """`top_features` of prompts by a text encoder, at the block that the autoencoder belongs to.
@@ -132,12 +134,15 @@ def prompt_features(
         tokenizer: its tokenizer.
         prompts: the prompts.
         n: as in `top_features`; None: twice the autoencoder's k, as ItD's is, or 128 if it has none.
+        tokens: which tokens of a prompt count, see `tokens`; the adapter has to score the same ones.
         attention_mask: whether the encoder is given the tokenizer's mask (BERT-like encoders need it).
     """
     found: list[Tensor] = []
     n = n if n is not None else 2 * sae.config.k if sae.config.k is not None else TOP
-    for states, own in prompt_states(text_encoder, tokenizer, prompts, layer_of(sae), attention_mask=attention_mask):
-        found += top_features(sae, states.to(sae.W_enc.device), own.to(sae.W_enc.device), n)
+    encoder = (text_encoder, tokenizer, prompts, layer_of(sae))
+    for states, own, bos in encoded_prompts(*encoder, attention_mask=attention_mask):
+        counted = own if tokens == "own" else ~bos
+        found += top_features(sae, states.to(sae.W_enc.device), counted.to(sae.W_enc.device), n)
     return found
 
 
@@ -152,12 +157,13 @@ def find_concepts(
     n: int | None = None,
     target_share: float = 0.0,
     benign_share: float = 0.0,
+    tokens: TokenSet = "own",
     attention_mask: bool = False,
 ) -> dict[str, Tensor]:
     """The features of several concepts, each against the same remaining and benign prompts, which are encoded once.
 
     Args:
-        sae, text_encoder, tokenizer, n, attention_mask: as in `prompt_features`.
+        sae, text_encoder, tokenizer, n, tokens, attention_mask: as in `prompt_features`.
         concepts: of each concept the prompts that name it.
         remain, benign, target_share, benign_share: prompts, and what `find_features` does with them.
 
@@ -168,7 +174,8 @@ def find_concepts(
         InvalidInputError: if a concept has no prompt, or nothing tells it from the rest; the message names it.
     """
     texts = [text for prompts in concepts.values() for text in prompts] + [*remain, *benign]
-    found = iter(prompt_features(sae, text_encoder, tokenizer, texts, n=n, attention_mask=attention_mask))
+    encoder = (text_encoder, tokenizer)
+    found = iter(prompt_features(sae, *encoder, texts, n=n, tokens=tokens, attention_mask=attention_mask))
     tops = {name: [next(found) for _ in prompts] for name, prompts in concepts.items()}
     kept, plain = [next(found) for _ in remain], [next(found) for _ in benign]
     features = {

@@ -34,7 +34,8 @@ from expunge.errors import AdapterFormatError, InvalidInputError
 if TYPE_CHECKING:
     from expunge.erase_ops.itd.adapter import ItDAdapter
 
-_SETTINGS = ("strength", "detection_strength", "score")
+_SETTINGS = ("strength", "detection_strength", "score", "tokens")
+_TEXTS = ("score", "tokens")  # those of them that are texts
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _BLOCK = 2**24  # bytes hashed at a time
 
@@ -245,11 +246,9 @@ def _source(folder: Path, value: Any) -> SAESource | None:
 
 
 def _setting(folder: Path, name: str, value: Any) -> Any:
-    valid = (
-        isinstance(value, str) if name == "score" else isinstance(value, int | float) and not isinstance(value, bool)
-    )
+    valid = isinstance(value, str) if name in _TEXTS else isinstance(value, int | float) and not isinstance(value, bool)
     if not valid:
-        _refuse(folder, f"{'a text' if name == 'score' else 'a number'} as parameters.{name}", repr(value)[:100])
+        _refuse(folder, f"{'a text' if name in _TEXTS else 'a number'} as parameters.{name}", repr(value)[:100])
     return value
 
 

@@ -6,8 +6,10 @@
 | T5 | part of the prompt | the first end-of-text token |
 | BERT and its kin | [CLS]: as BOS | the last token of the attention mask |
 
-Own tokens are scored. All but BOS are edited: padding, which in CLIP is end-of-text again, attends to the prompt and
-carries it into the image. Scores of own tokens alone do not depend on how far a prompt is padded.
+All but BOS are edited: padding, which in CLIP is end-of-text again, attends to the prompt and carries it into the
+image. Own tokens are scored, or all but BOS: there are encoders, the bundled model's among them, in which a short
+prompt's own tokens hardly tell what it says and the padding does. Neither score depends on how far a prompt is padded:
+the second is always that of the prompt padded to the encoder's full length, see `padded_in_full`.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as pad_last
 
 from expunge.errors import InvalidInputError, UnsupportedOperationError
 
+TokenSet = Literal["own", "all"]  # which tokens make a prompt's score: its own, or all but BOS
+TOKEN_SETS: tuple[TokenSet, ...] = ("own", "all")
 _LEGACY_EOS = 2  # what CLIP's configs said before transformers 4.30, wrongly: the token is the vocabulary's last
 
 
@@ -29,7 +34,7 @@ class Tokens(NamedTuple):
     """Of one call of an encoder.
 
     Args:
-        own: `[B, L]` bool, the tokens that are scored.
+        own: `[B, L]` bool, the prompts' own tokens.
         edited: `[B, L]` bool, the tokens that may be edited.
         bos: `[B, L]` bool, the first token where it is no part of the prompt.
     """
@@ -37,6 +42,10 @@ class Tokens(NamedTuple):
     own: Tensor
     edited: Tensor
     bos: Tensor
+
+    def scored(self, tokens: TokenSet) -> Tensor:
+        """`[B, L]` bool, the tokens that make a score."""
+        return self.own if tokens == "own" else self.edited
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,22 @@ def end_of_text(config: Any) -> int | None:
     eos = eos[0] if isinstance(eos, list) else eos
     legacy = eos == _LEGACY_EOS and config.model_type.startswith("clip")
     return int(config.vocab_size - 1 if legacy else eos)
+
+
+def full_length(config: Any) -> int | None:
+    """How many tokens an encoder's prompts have when they are padded in full; None where there is no such number.
+
+    Only CLIP has one, and only there the states of a prompt's tokens do not depend on the padding behind them.
+    """
+    return int(config.max_position_embeddings) if rule_of(config) == RULES["clip"] else None
+
+
+def padded_in_full(input_ids: Tensor, attention_mask: Any, length: int, pad: int) -> tuple[Tensor, Tensor | None]:
+    """Token ids `[B, L]`, or `[L]`, and their mask as they are when prompts are padded to a length L': `[B, L']`."""
+    ids = input_ids.reshape(-1, input_ids.shape[-1])  # [B, L]
+    more = (0, max(0, length - ids.shape[1]))
+    mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape else None
+    return pad_last(ids, more, value=pad), None if mask is None else pad_last(mask, more, value=0)
 
 
 def split_tokens(rule: TokenRule, eos: int | None, input_ids: Any, attention_mask: Any) -> Tokens:

@@ -148,6 +148,9 @@ class SAETrainingConfig(TrainingConfig):
     ] = False
 
     # The objective
+    whiten: Annotated[
+        bool, About("Reconstruct states made equally wide in every direction; undone in the weights afterwards.")
+    ] = False
     auxk: Annotated[int, About("Dead features that model what is left of the input; 0 switches it off.")] = 256
     auxk_weight: Annotated[float, About("Weight of that loss.")] = 1 / 32
     dead_after_tokens: Annotated[int, About("A feature is dead once it has not fired for so many tokens.")] = 1_000_000

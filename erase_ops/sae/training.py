@@ -19,6 +19,7 @@ from expunge.erase_ops.sae.config import SAETrainingConfig
 from expunge.erase_ops.sae.files import save_sae
 from expunge.erase_ops.sae.losses import UnitRows, geometric_median, sae_losses
 from expunge.erase_ops.sae.model import SparseAutoencoder
+from expunge.erase_ops.sae.whitening import Whitening
 from expunge.erase_ops.training.borrowed import deterministic
 from expunge.erase_ops.training.draws import Draws, seeded_generator
 from expunge.erase_ops.training.loop import Callback, TrainingLoop, make_accelerator
@@ -84,8 +85,9 @@ def train_sae(
         loop = TrainingLoop(method, config, accelerator, folder, progress, callback)
         loop.constraint = UnitRows(method.sae.W_dec)
         loop.run()
-        firing = firing_shares(method.sae, stream, config)
-    sae = method.sae.requires_grad_(False).cpu()
+        sae = method.trained()
+        firing = firing_shares(sae, stream, config)
+    sae = sae.cpu()
     sae.config = sae.config.replace(fingerprint=weights_fingerprint([text_encoder], [tokenizer]))
     sae.firing = firing.cpu()
     if folder is not None and accelerator.is_main_process:
@@ -102,6 +104,7 @@ class SAETraining:
         config: the settings.
         variance: V of the losses, a scalar.
         accelerator: joins the processes' counts of tokens.
+        whitening: what tokens go through first; the autoencoder is then one of whitened states.
     """
 
     def __init__(
@@ -111,9 +114,10 @@ class SAETraining:
         config: SAETrainingConfig,
         variance: Tensor,
         accelerator: Accelerator,
+        whitening: Whitening | None = None,
     ) -> None:
         self.sae, self.stream, self.config = sae, stream, config
-        self.variance, self.accelerator = variance, accelerator
+        self.variance, self.accelerator, self.whitening = variance, accelerator, whitening
         # [h] int64: tokens, of all processes, since each feature fired
         self.since_fired = torch.zeros(config.width, dtype=torch.int64, device=variance.device)
 
@@ -122,7 +126,10 @@ class SAETraining:
         """An untrained autoencoder whose b_dec is the geometric median of a sample of tokens."""
         generator = seeded_generator(config.seed, *_SAMPLE)
         sampler = ActivationStream(stream.encoder, stream.tokenizer, stream.prompts, config)
-        sample = sampler.draw(max(config.bias_tokens, FEWEST_TOKENS), generator)
+        few = max(config.bias_tokens, FEWEST_TOKENS)
+        sample = sampler.draw(max(few, config.buffer_tokens) if config.whiten else few, generator)
+        whitening = Whitening.of(sample) if config.whiten else None
+        sample = sample if whitening is None else whitening.apply(sample[:few])
         variance = (sample - sample.mean(0)).square().sum(-1).mean()
         if not bool(variance > ROUNDING * sample.square().sum(-1).mean()):
             raise InvalidInputError(
@@ -135,7 +142,12 @@ class SAETraining:
         model = Path(getattr(stream.encoder.config, "_name_or_path", "")).name or type(stream.encoder).__name__
         weights = seeded_generator(config.seed, 0)
         sae = SparseAutoencoder.random(config.model_config(sample.shape[1], model=model), weights, b_dec)
-        return cls(sae.to(sample.device).requires_grad_(True), stream, config, variance, accelerator)
+        return cls(sae.to(sample.device).requires_grad_(True), stream, config, variance, accelerator, whitening)
+
+    def trained(self) -> SparseAutoencoder:
+        """The autoencoder of hidden states as they are; nothing of it requires gradients."""
+        sae = self.sae.requires_grad_(False)
+        return sae if self.whitening is None else self.whitening.fold(sae)
 
     def parameters(self) -> dict[str, Tensor]:
         """The autoencoder's four tensors."""
@@ -144,6 +156,7 @@ class SAETraining:
     def losses(self, draws: Draws) -> dict[str, Tensor]:
         """The losses of the next tokens: "loss", its parts "fvu" and "auxk", "l0", and the share "dead"."""
         x = self.stream.draw(self.config.token_batch_size, draws.stream)
+        x = x if self.whitening is None else self.whitening.apply(x)
         dead = (self.since_fired >= self.config.dead_after_tokens).nonzero()[:, 0]
         found = sae_losses(self.sae, x, self.variance, dead, self.config.auxk, self.config.auxk_weight)
         self._count(found.fired, len(x))

@@ -50,8 +50,9 @@ def demo(
         emit(result.to_dict())
     else:
         out.print(score_table(result))
-    untouched = result.untouched()
-    note(f"{sum(result.same[i] for i in untouched)} of {len(untouched)} untouched pictures are bit-identical.")
+    if result.words.gated:
+        untouched = result.untouched()
+        note(f"{sum(result.same[i] for i in untouched)} of {len(untouched)} untouched pictures are bit-identical.")
     note(f"Pictures: {output_dir / 'erased.png'}, {output_dir / 'untouched.png'}")
     note(f"Open this page: {(output_dir / 'index.html').resolve()}")
 

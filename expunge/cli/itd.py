@@ -44,6 +44,7 @@ def find(
     top_n: o.TopN = 128,
     benign_share: o.BenignShare = 0.0,
     score: o.Score = "max",
+    tokens: o.Tokens = "own",
     strength: o.Strength = 0.0,
     attention_mask: o.AttentionMask = False,
     revision: o.Revision = None,
@@ -65,7 +66,8 @@ def find(
     encoder, tokenizer = text_encoder_of(pipe, autoencoder.config.component)
     found = find_concepts(
         autoencoder, encoder, tokenizer, concepts,
-        remain=remaining, benign=plain, n=top_n, benign_share=benign_share, attention_mask=attention_mask,
+        remain=remaining, benign=plain, n=top_n, benign_share=benign_share, tokens=tokens,
+        attention_mask=attention_mask,
     )  # fmt: skip
     settings = {
         "top_n": top_n,
@@ -75,7 +77,9 @@ def find(
         "n_benign": len(plain),
     }
     family = "sdxl" if "XL" in type(pipe).__name__ else "sd"
-    adapter = ItDAdapter.from_sae(autoencoder, found, score=score, strength=strength, family=family, settings=settings)
+    adapter = ItDAdapter.from_sae(
+        autoencoder, found, score=score, tokens=tokens, strength=strength, family=family, settings=settings
+    )
     adapter.save_pretrained(folder)
     counts = {name: len(ids) for name, ids in found.items()}
     if json_output:

@@ -92,6 +92,9 @@ BenignShare = Annotated[
     float, option("--benign_share", "Share of the benign prompts that may have a feature that stays.", min=0, max=1)
 ]
 Score = Annotated[Literal["max", "mean"], option("--score", "The strongest token counts, or the mean of all.")]
+Tokens = Annotated[
+    Literal["own", "all"], option("--tokens", "What is scored: a prompt's own tokens, or padding too (CLIP only).")
+]
 Strength = Annotated[float, option("--strength", "What erased activations are multiplied by.")]
 TargetFPR = Annotated[float, option("--target_fpr", "Share of the benign prompts that may be flagged.", min=0, max=1)]
 AttentionMask = Annotated[bool, option("--attention_mask", "Hide padding from the encoder, as BERT-like ones need.")]

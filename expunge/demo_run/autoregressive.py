@@ -22,7 +22,14 @@ from expunge.erase_ops.ear.training import train_ear
 from expunge.pipelines.janus import JanusPipeline
 
 TARGET_SEEDS, OTHER_SEEDS = 2, 1
-WORDS = Words("shape", "colour", "EAR with aligned prefixes (arXiv 2506.20151)", "https://arxiv.org/abs/2506.20151")
+WORDS = Words(
+    "shape",
+    "colour",
+    "EAR with aligned prefixes (arXiv 2506.20151)",
+    "https://arxiv.org/abs/2506.20151",
+    told="A small model that draws token by token was taught to forget one concept here and now, on this machine.",
+    gated=False,
+)
 
 
 def run_ar_demo(

@@ -16,12 +16,16 @@ from expunge.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from expunge.erase_ops.itd.adapter import ItDAdapter
+    from expunge.erase_ops.itd.tokens import TokenSet
     from expunge.erase_ops.sae.model import SparseAutoencoder
 
-TOP = 10  # features of a prompt; the bundled autoencoder has eight active ones a token
-TARGET_SHARE, BENIGN_SHARE = 0.02, 0.002  # of prompts that must have a feature among theirs, and that may
-STRENGTH = -1.0  # what erased activations are multiplied by
-SELECTION, CALIBRATION = 600, 800  # benign prompts whose features are subtracted, and that the threshold is set on
+TOP = 24  # features of a prompt, over all its tokens
+TARGET_SHARE, BENIGN_SHARE = 0.005, 0.0  # of prompts that must have a feature among theirs, and that may
+# The bundled encoder keeps objects at positions 6 to 9 and styles at 10 to 14: in most prompts these are padding.
+TOKENS: TokenSet = "all"
+STRENGTH = -8.0  # what erased activations are multiplied by: ItD's own
+TARGETS = 600  # prompts with concepts, all concepts' together
+SELECTION, CALIBRATION = 500, 400  # benign prompts whose features are subtracted, and that the threshold is set on
 TARGET_FPR = 0.005
 STYLES_OF_AN_OBJECT = 2  # that an object's prompts go through, in turn
 
@@ -65,13 +69,16 @@ def concept_prompts(tables: dict[str, Any], concept: str) -> list[str]:
     return [*prompts, *(fill(template, word) for word in words for template in tables["object_templates"])]
 
 
+def spread(prompts: list[str], most: int) -> list[str]:
+    """At most so many of the prompts, evenly from all of the list."""
+    count = min(len(prompts), max(1, most))
+    return [prompts[index * len(prompts) // count] for index in range(count)]
+
+
 def benign_prompts(tables: dict[str, Any], concepts: Sequence[str], seed: int = 0) -> tuple[list[str], list[str]]:
     """Prompts that name none of the concepts, for subtracting features and for the threshold; they share none."""
-    kept: set[str] | None = None
-    for concept in concepts:
-        others = {prompt for prompt in other_prompts(tables, concept.removesuffix(STYLE_SUFFIX)) if prompt}
-        kept = others if kept is None else kept & others
-    found = sorted(kept or ())
+    names = [concept.removesuffix(STYLE_SUFFIX) for concept in concepts]
+    found = sorted(prompt for prompt in other_prompts(tables, *names) if prompt)
     random.Random(seed).shuffle(found)
     split = min(SELECTION, len(found) // 2)
     return found[:split], found[split : split + CALIBRATION]
@@ -93,7 +100,7 @@ def make_adapter(pipe: Any, sae: SparseAutoencoder, concepts: Sequence[str], **f
     from expunge.erase_ops.itd.features import find_concepts
 
     tables = demo.captions()
-    prompts = {concept: concept_prompts(tables, concept) for concept in concepts}
+    prompts = {concept: spread(concept_prompts(tables, concept), TARGETS // len(concepts)) for concept in concepts}
     selection, calibration = benign_prompts(tables, concepts)
     encoder = (pipe.text_encoder, pipe.tokenizer)
     features = find_concepts(
@@ -104,8 +111,9 @@ def make_adapter(pipe: Any, sae: SparseAutoencoder, concepts: Sequence[str], **f
         n=TOP,
         target_share=TARGET_SHARE,
         benign_share=BENIGN_SHARE,
+        tokens=TOKENS,
     )
-    adapter = ItDAdapter.from_sae(sae, features, **{"strength": STRENGTH, "hot": 0} | fields)
+    adapter = ItDAdapter.from_sae(sae, features, **{"strength": STRENGTH, "tokens": TOKENS, "hot": 0} | fields)
     adapter.calibrate(calibration, text_encoder=encoder[0], tokenizer=encoder[1], target_fpr=TARGET_FPR)
     adapter.settings = {"top": TOP, "selection": len(selection), "target": sum(map(len, prompts.values()))}
     return adapter

@@ -24,6 +24,7 @@ class Words:
         paper: its address.
         told: how the concept was erased, in a sentence or two.
         step: the phase that does so, a name in the result's seconds.
+        gated: whether prompts pass through as much of the erasure as they call for, or all through all of it.
     """
 
     object: str = "object"
@@ -32,6 +33,7 @@ class Words:
     paper: str = "https://arxiv.org/abs/2312.16145"
     told: str = "A small text-to-image model was taught to forget one concept here and now, on this machine."
     step: str = "train"
+    gated: bool = True
 
 
 DIFFUSION = Words()

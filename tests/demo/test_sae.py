@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from expunge import demo
@@ -28,7 +27,7 @@ def test_it_belongs_to_the_bundled_text_encoder(pair: tuple[CLIPTextModel, CLIPT
     sae = demo.sae()
     assert sae.config.d_in == 128 and sae.config.activation == "topk" and sae.config.fingerprint is not None
     assert same_weights(sae.config.fingerprint, weights_fingerprint([pair[0]], [pair[1]]))
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.config.width), rtol=0, atol=1e-6)
+    assert (sae.config.layer, sae.config.width) == (builder.SETTINGS["layer"], builder.SETTINGS["width"])
 
 
 def test_it_is_small(pair: tuple[CLIPTextModel, CLIPTokenizer]) -> None:
@@ -45,6 +44,9 @@ def test_its_figures_are_those_of_the_card(pair: tuple[CLIPTextModel, CLIPTokeni
 
 def test_no_held_out_caption_is_trained_on() -> None:
     tables = demo.captions()
-    prompts = set(builder.training_prompts(tables))
+    captions = builder.training_prompts(tables)
+    placed = builder.placed_prompts(tables, captions)
+    assert placed == builder.placed_prompts(tables, captions)  # the same for the same seed
+    prompts = {*captions, *placed}
     held_out = builder.held_out_prompts(tables)
     assert len(prompts) > 10_000 and len(set(held_out)) == builder.EVALUATED and not prompts & set(held_out)

@@ -50,5 +50,7 @@ def test_a_run_writes_pictures_figures_page_and_delta(tmp_path: Path, monkeypatc
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "EAR with aligned prefixes" in page
     assert page.count("<figure") == 16 + 56
+    assert "bit-identical" not in page and '<span class="gate' not in page  # there is no gate to speak of
+    assert "have the colour that was asked" in page
     assert Image.open(tmp_path / "erased.png").size[0] > 500
     assert DeltaAdapter.from_pretrained(tmp_path / "star-ear").concepts == ["star"]

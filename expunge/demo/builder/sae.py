@@ -21,31 +21,36 @@ from expunge.erase_ops.sae.training import train_sae
 
 FOLDER, RUN = "sae", "sae-run"  # what ships; checkpoints and the log of the training
 EVALUATED = 1000  # held-out captions that the figures are taken on
-# Small and trained at a high rate, so that features stand for an object or a style at some positions: dictionaries of
-# 1024 features learn combinations of both, and stay half dead. Block 1 is the last; padding carries the concepts too.
+# Whitened, since a few directions (which position, which end) have nearly all the variance: without, half the features
+# stay dead and the rest mix objects and styles. Block 0 of the two: what is edited there goes through the last one.
 SETTINGS: dict[str, Any] = {
-    "layer": 1,
-    "width": 256,
+    "layer": 0,
+    "width": 1024,
     "k": 8,
-    "max_train_steps": 2500,
+    "whiten": True,
+    "max_train_steps": 1500,
     "token_batch_size": 1024,
     "buffer_tokens": 65536,
     "prompt_batch_size": 256,
-    "padding_tokens": 2,
-    "learning_rate": 3e-3,
+    "padding_tokens": 4,
+    "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 20,
     "auxk": 64,
+    "auxk_weight": 0.06,
     "dead_after_tokens": 50_000,
 }
+SHORT = 4  # words of a caption that is taken twice
+MOST_BEFORE = 6  # words in front of a concept, in `placed_prompts`
+OBJECT_PLACES, STYLE_PLACES, SHIFTED = 10, 100, 0.2  # prompts of a word, of a style, and share of the captions
 
 CARD = """# The demo model's sparse autoencoder
 
 TopK, {width} features, {k} of them active, of the {d} wide hidden states after block {layer} of the text encoder in
 `../model` (blocks are counted from 0). Trained by `python -m expunge.demo.builder sae` on {prompts} captions, none of
 which uses a held-out template or pair, for {steps} steps of {batch} tokens: text and {padding} padding tokens a
-caption, no BOS. SAELens's layout; `expunge.demo.sae()` opens it. Licence and attribution are those of the model, whose
-states it was trained on.
+caption, no BOS, whitened while it learned. SAELens's layout; `expunge.demo.sae()` opens it. Licence and attribution are
+those of the model, whose states it was trained on.
 
 On {evaluated} captions in held-out templates: {fvu:.2%} of the variance unexplained, {l0:.1f} active features a token,
 {dead:.0%} of the features never active, {recovered:.2%} of the loss recovered through the rest of the encoder.
@@ -73,6 +78,26 @@ def training_prompts(tables: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*prompts, *tables["plain_prompts"]]))
 
 
+def placed_prompts(tables: dict[str, Any], captions: list[str], seed: int = 0) -> list[str]:
+    """Concepts behind random words of the templates, so that each stands at each of the first positions."""
+    rng = random.Random(seed)
+    objects, styles = tables["objects"], tables["styles"]
+    words = [word for name, synonyms in objects.items() for word in (name, *synonyms)]
+    plain = " ".join(tables["templates"]).format(o="", s="").replace(",", " ").split()
+    fillers = sorted({word for word in plain if word.isalpha()})
+
+    def before() -> list[str]:
+        return rng.choices(fillers, k=rng.randrange(MOST_BEFORE + 1))
+
+    placed = [" ".join([*before(), word]) for _ in range(OBJECT_PLACES) for word in words]
+    for _ in range(STYLE_PLACES):
+        placed += [
+            " ".join([*before(), style, "style", *rng.choices(fillers + words, k=rng.randrange(4))]) for style in styles
+        ]
+    shifted = rng.sample(captions, int(SHIFTED * len(captions)))
+    return placed + [" ".join([*rng.choices(fillers, k=rng.randrange(1, MOST_BEFORE)), one]) for one in shifted]
+
+
 def held_out_prompts(tables: dict[str, Any]) -> list[str]:
     """Captions in templates that neither the autoencoder nor an erasure was fitted on, in a fixed random order."""
     prompts = [
@@ -95,7 +120,9 @@ def train(output: Path, seed: int) -> dict[str, float]:
     encoder = CLIPTextModel.from_pretrained(output / "model" / "text_encoder").eval()
     tokenizer = CLIPTokenizer.from_pretrained(output / "model" / "tokenizer")
     tables = captions_record()
-    prompts = training_prompts(tables)
+    captions = training_prompts(tables)
+    short = [caption for caption in captions if len(caption.split()) <= SHORT]
+    prompts = [*captions, *short, *placed_prompts(tables, captions)]
     config = SAETrainingConfig(**SETTINGS, seed=seed)
     run = config.replace(checkpointing_steps=500, checkpoints_total_limit=1, resume_from_checkpoint="latest")
     sae = train_sae(encoder, tokenizer, prompts, run, output_dir=output / RUN)

@@ -93,6 +93,7 @@ def test_master_weights_are_float32(pipe: JanusPipeline) -> None:
     [
         ({"layers": (3, 4)}, "layers from 0 to 3"),
         ({"window": 0}, "window"),
+        ({"window": 65}, "window.*at most 64"),
         ({"threshold": -1.0}, "threshold"),
         ({"threshold_quantile": 1.0}, "threshold_quantile"),
         ({"space": "logits", "granularity": "element"}, "granularity"),

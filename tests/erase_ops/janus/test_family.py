@@ -44,6 +44,13 @@ class TestPrompts:
         wrapped = JanusFamily(family.model, processor).encode(["a red star"])
         assert torch.equal(wrapped.ids, family.encode(["draw a red star on white"]).ids)
 
+    def test_the_mask_is_never_missing(self, family: JanusFamily) -> None:
+        """transformers repeats the mask it was given, and fails on none."""
+        prompts = family.encode(TEXTS[:1])
+        assert prompts.mask.shape == prompts.ids.shape
+        with pytest.raises(AttributeError, match="NoneType"):
+            family.model.generate(prompts.ids, attention_mask=None, generation_mode="image", guidance_scale=2.0)
+
     @pytest.mark.parametrize("text", ["", "   "])
     def test_an_empty_prompt_is_refused(self, family: JanusFamily, text: str) -> None:
         with pytest.raises(InvalidInputError, match=r"prompt\[1\]"):

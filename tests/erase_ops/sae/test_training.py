@@ -153,3 +153,12 @@ def test_what_cannot_be_trained_is_named(pair: tuple[Any, Any]) -> None:
     config = SAETrainingConfig(layer=0, width=8, k=1, auxk=0, padding_tokens=0, bias_tokens=0)
     with pytest.raises(InvalidInputError, match="prompts whose tokens differ"):
         train_sae(*pair, [""], config, progress=False)
+
+
+def test_whitened_training_gives_an_autoencoder_of_the_states_as_they_are(pair: tuple[Any, Any]) -> None:
+    sae, history = train(pair, whiten=True, seed=3)
+    assert history[-1]["fvu"] < 0.8 * history[0]["fvu"]
+    config = SAETrainingConfig(layer=1, width=80, k=4, auxk=8, token_batch_size=48, buffer_tokens=96)
+    found = evaluate_sae(sae, *pair, PROMPTS, config)
+    assert found.fvu < 0.5
+    assert not torch.allclose(sae.W_dec.norm(dim=1), torch.ones(80), atol=1e-2)  # the unit rows were the whitened ones
