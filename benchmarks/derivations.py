@@ -59,7 +59,7 @@ def gap(objective: Callable[..., dict[str, Tensor]], case: Case) -> float:
         gradient = student[role].grad
         reached = numpy.zeros_like(expected) if gradient is None else gradient.numpy()
         away.append(float(abs(reached - expected).max()))
-    return max(away) / max(1.0, abs(case.losses["loss"]))
+    return float(max(away) / max(1.0, abs(case.losses["loss"])))
 
 
 def _outputs(seed: int, count: int, rows: int) -> Array:

@@ -1,4 +1,4 @@
-"""Trains a small delta alone or under torchrun, and writes how far its weights moved; `trainer_checks` runs it.
+"""Trains a small delta alone or under torchrun, and writes its weights and gradients; `trainer_checks` runs it.
 
     python benchmarks/train_spread.py MODEL METHOD TARGET.safetensors [--accumulation N] [--folder FOLDER [--kill STEP]]
 
@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from expunge.erase_ops.methods import METHODS
 from expunge.erase_ops.training.deltas import train_delta
@@ -55,8 +58,14 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     pipe = StableDiffusionPipeline.from_pretrained(given.model, local_files_only=True)
-    part = pipe.text_encoder if given.method == "few_shot" else pipe.unet
-    base = {name: parameter.detach().clone() for name, parameter in part.named_parameters()}
+    gradients: dict[str, Tensor] = {}
+
+    def keep(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """The gradients that a step is made with: averaged over the processes, and of all accumulated batches."""
+        flat = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients[f"gradient {len(gradients) + 1}"] = torch.cat(flat)
+
+    register_optimizer_step_pre_hook(keep)
     config_class = METHODS[given.method].load_config()
     alone = config_class.from_dict(settings(1, given.accumulation, given.method))
     accelerator = make_accelerator(alone, torch.device("cpu"))
@@ -71,7 +80,7 @@ def main() -> None:
     config = config_class.from_dict(fields)
     delta = train_delta(pipe, config, output_dir=given.folder, progress=False, callback=kill)
     if accelerator.is_main_process:
-        save_file({name: value - base[name] for name, value in delta.values.items()}, given.target)
+        save_file(delta.values | gradients, given.target)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def teacher_bytes(module: nn.Module, selection: str, forward: Callable[[], Tenso
 def train_apart(
     model: Path, method: str, folder: Path, *, processes: int = 1, accumulation: int = 1, kill: int | None = None
 ) -> dict[str, Tensor] | None:
-    """Trains in processes of their own (`train_spread.py`), and gives how far the weights moved; None for a killed run.
+    """Trains in processes of their own (`train_spread.py`), and gives weights and gradients; None for a killed run.
 
     Args:
         model: folder of a pipeline.
@@ -61,7 +61,7 @@ def train_apart(
         kill: the step after which the process is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "moved.safetensors"
+    target = folder / "trained.safetensors"
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, "-P", *launcher, str(SCRIPT), str(model), method, str(target), "--folder", str(folder)]
     command += ["--accumulation", str(accumulation), *([] if kill is None else ["--kill", str(kill)])]
@@ -71,26 +71,32 @@ def train_apart(
     return None if kill is not None else load_file(target)
 
 
-def spread_gaps(model: Path, method: str, spreads: Iterable[tuple[int, int]], folder: Path) -> list[float]:
-    """Of runs with (processes, accumulated batches): the distance of their weights from those of one process with one
-    batch, over how far these moved."""
+def spread_gaps(
+    model: Path, method: str, spreads: Iterable[tuple[int, int]], folder: Path
+) -> list[tuple[float, float]]:
+    """Of runs with (processes, accumulated batches): how far their gradients and weights are from those of one process
+    with one batch, each over the norm of what it is compared with; the gradients' worst step counts."""
     one = train_apart(model, method, folder / "one")
+    assert one is not None
+    steps = [name for name in one if name.startswith("gradient ")]
+    weights = [name for name in one if name not in steps]
     gaps = []
     for processes, accumulation in spreads:
         place = folder / f"{processes}-{accumulation}"
-        gaps.append(gap(one, train_apart(model, method, place, processes=processes, accumulation=accumulation)))
+        other = train_apart(model, method, place, processes=processes, accumulation=accumulation)
+        assert other is not None and other.keys() == one.keys()
+        gaps.append((max(_away(one, other, [step]) for step in steps), _away(one, other, weights)))
     return gaps
 
 
-def gap(one: Mapping[str, Tensor] | None, other: Mapping[str, Tensor] | None) -> float:
-    """|one - other| / |one|, over all tensors."""
-    assert one is not None and other is not None and one.keys() == other.keys()
-    moved, away = (
+def _away(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    """|one - other| / |one| over the named tensors."""
+    whole, away = (
         torch.cat([tensor.flatten().double() for tensor in tensors])
-        for tensors in (one.values(), [other[name] - tensor for name, tensor in one.items()])
+        for tensors in ([one[name] for name in names], [other[name].double() - one[name].double() for name in names])
     )
-    assert float(moved.norm()) > 1e-6, "nothing was trained"
-    return float(away.norm() / moved.norm())
+    assert float(whole.norm()) > 0
+    return float(away.norm() / whole.norm())
 
 
 class Killed(BaseException):

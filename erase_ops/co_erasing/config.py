@@ -38,7 +38,7 @@ class CoErasingConfig(DeltaTrainingConfig):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "demo": DEMO
         | {"selection": "esd-x", "text_selection": "esd-x", "text_steps": 50, "max_train_steps": 30}
-        | {"batch_size": 8, "drawn_images": 16},
+        | {"batch_size": 8, "learning_rate": 5e-4, "drawn_images": 16},
         "paper": SD15 | {"learning_rate": 1e-5, "max_train_steps": 1000, "drawn_images": 100},
     }
 

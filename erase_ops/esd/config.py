@@ -23,7 +23,7 @@ class ESDConfig(DeltaTrainingConfig):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "demo": DEMO,
+        "demo": DEMO | {"batch_size": 8, "learning_rate": 3e-4, "max_train_steps": 60},
         "paper": SD15 | {"max_train_steps": 1000, "learning_rate": 1e-5},
         "sd15": SD15,
     }

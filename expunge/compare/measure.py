@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,15 @@ def cost() -> Iterator[dict[str, float]]:
 def tensor_bytes_of(folder: Path) -> int:
     """Bytes of the tensors that an erasure needs."""
     return (folder / "erasure.safetensors").stat().st_size
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of an erasure: its tensors and what its JSON files say of them, but for the log of its training."""
+    found = hashlib.sha256()
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+    for file in sorted(file for file in files if file.name != "training_log.json"):
+        found.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 class Probe:

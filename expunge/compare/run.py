@@ -18,7 +18,7 @@ import numpy
 from rich.console import Console
 
 from expunge import demo, erase, restore
-from expunge.compare.measure import Probe, cost, tensor_bytes_of
+from expunge.compare.measure import Probe, cost, digest_of, tensor_bytes_of
 from expunge.compare.result import Comparison, Row, Strips, score
 from expunge.compare.trials import TARGETS, Trial, shots_of
 from expunge.demo.scoring import GUIDANCE, STEPS, generate
@@ -94,28 +94,34 @@ class Runner:
     def _measure(self, trial: Trial) -> dict[str, Any]:
         """The record of one trial."""
         folder = self.folder / trial.folder
-        costs = self.folder / f"{trial.folder}.costs.json"
-        if not costs.is_file():
+        costs, settings = self.folder / f"{trial.folder}.costs.json", trial.settings()
+        known = json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else {}
+        if settings is None or known.get("settings") != settings:
             self._say(f"{trial.row}: erasing {trial.concept}")
             with cost() as found:
                 trial.train(self.pipe, folder, progress=self.console is not None)
-            self._write(costs, found | {"bytes": tensor_bytes_of(folder)})
+            known = found | {"bytes": tensor_bytes_of(folder), "settings": settings}
+            self._write(costs, known)
         adapter = load_erasure(folder)
         erase(self.pipe, adapter)
         try:
             drift = self.probe.drift(self.pipe)
-            read = self._read(trial.folder, self._shots(trial.concept))
+            read = self._read(trial.folder, self._shots(trial.concept), digest_of(folder))
         finally:
             restore(self.pipe)
-        return json.loads(costs.read_text(encoding="utf-8")) | {"drift": drift, "read": read}
+        return known | {"drift": drift, "read": read}
 
-    def _read(self, name: str, shots: Sequence[Shot]) -> list[list[str]]:
-        """What the classifier reads in each picture, (object, style); goes on after what an earlier run has read."""
+    def _read(self, name: str, shots: Sequence[Shot], erasure: str = "") -> list[list[str]]:
+        """What the classifier reads in each picture, (object, style); goes on after what an earlier run has read.
+
+        What was read of another erasure, which `erasure` tells, does not count.
+        """
         path = self.folder / f"{name}.json"
         asked = [[shot.prompt, shot.seed] for shot in shots]
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"asked": [], "read": []}
         done = min(len(known["read"]), len(asked))
-        read = known["read"][:done] if known["asked"][:done] == asked[:done] else []
+        same = known["asked"][:done] == asked[:done] and known.get("erasure", "") == erasure
+        read = known["read"][:done] if same else []
         while len(read) < len(shots):
             chunk = shots[len(read) : len(read) + BATCH]
             pictures = generate(
@@ -124,7 +130,7 @@ class Runner:
             self._keep(name, len(read), pictures)
             reading = self.judge.classify(pictures)
             read += [list(pair) for pair in zip(reading.objects, reading.styles, strict=True)]
-            self._write(path, {"asked": asked[: len(read)], "read": read})
+            self._write(path, {"asked": asked[: len(read)], "read": read, "erasure": erasure})
         return read[: len(shots)]
 
     def _keep(self, name: str, first: int, pictures: Any) -> None:

@@ -84,6 +84,13 @@ class Trial:
         else:
             METHODS[self.method].load_train()(pipe, self.config(), output_dir=folder, progress=progress)
 
+    def settings(self) -> dict[str, Any] | None:
+        """All that its erasure depends on; None for ItD, which is made anew in a second."""
+        if self.row == ITD:
+            return None
+        settings: dict[str, Any] = self.config().to_dict()
+        return {name: Path(value).name if Path(str(value)).is_absolute() else value for name, value in settings.items()}
+
     def config(self) -> Any:
         """The method's preset for the bundled model, with the recipe's prompts."""
         config_class = METHODS[self.method].load_config()

@@ -43,3 +43,7 @@ def test_writes_table_grid_and_page_and_goes_on_where_it_stopped(
     assert drawn == [1, 1, 1]  # one more picture of the base and of each method
     assert again.rows[0].cpu_seconds == first.rows[0].cpu_seconds  # nothing was trained again
     assert result_table(again).row_count == 2
+    drawn.clear()
+    changed = Runner(tmp_path, targets=2, others=3).run(["uce"], ["cat"], {"uce": {"ridge": 50.0}})
+    assert drawn == [5]  # another erasure: its pictures are drawn anew
+    assert changed.rows[0].drift != again.rows[0].drift
