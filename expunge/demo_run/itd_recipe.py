@@ -23,7 +23,7 @@ TOP = 24  # features of a prompt, over all its tokens
 TARGET_SHARE, BENIGN_SHARE = 0.005, 0.0  # of prompts that must have a feature among theirs, and that may
 # The bundled encoder keeps objects at positions 6 to 9 and styles at 10 to 14: in most prompts these are padding.
 TOKENS: TokenSet = "all"
-STRENGTH = -8.0  # what erased activations are multiplied by: ItD's own
+STRENGTH = -20.0  # what erased activations are multiplied by: at 0 to -8 one cat in twenty is still drawn
 TARGETS = 600  # prompts with concepts, all concepts' together
 SELECTION, CALIBRATION = 500, 400  # benign prompts whose features are subtracted, and that the threshold is set on
 TARGET_FPR = 0.005
