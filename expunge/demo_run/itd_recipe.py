@@ -23,10 +23,10 @@ TOP = 24  # features of a prompt, over all its tokens
 TARGET_SHARE, BENIGN_SHARE = 0.005, 0.0  # of prompts that must have a feature among theirs, and that may
 # The bundled encoder keeps objects at positions 6 to 9 and styles at 10 to 14: in most prompts these are padding.
 TOKENS: TokenSet = "all"
-STRENGTH = -20.0  # what erased activations are multiplied by: at 0 to -8 one cat in twenty is still drawn
+STRENGTH = -8.0  # what erased activations are multiplied by: ItD's own
 TARGETS = 600  # prompts with concepts, all concepts' together
 SELECTION, CALIBRATION = 500, 400  # benign prompts whose features are subtracted, and that the threshold is set on
-TARGET_FPR = 0.005
+TARGET_FPR = 0.0  # of the prompts that the threshold is set on: scores of a concept lie far above them
 STYLES_OF_AN_OBJECT = 2  # that an object's prompts go through, in turn
 
 
@@ -76,12 +76,16 @@ def spread(prompts: list[str], most: int) -> list[str]:
 
 
 def benign_prompts(tables: dict[str, Any], concepts: Sequence[str], seed: int = 0) -> tuple[list[str], list[str]]:
-    """Prompts that name none of the concepts, for subtracting features and for the threshold; they share none."""
+    """Prompts that name none of the concepts, for subtracting features and for the threshold.
+
+    They share the few plain prompts alone, the empty one among them: what an erasure must never touch.
+    """
     names = [concept.removesuffix(STYLE_SUFFIX) for concept in concepts]
-    found = sorted(prompt for prompt in other_prompts(tables, *names) if prompt)
+    plain = tables["plain_prompts"]
+    found = sorted(set(other_prompts(tables, *names)) - set(plain))
     random.Random(seed).shuffle(found)
     split = min(SELECTION, len(found) // 2)
-    return found[:split], found[split : split + CALIBRATION]
+    return [*plain, *found[:split]], [*plain, *found[split : split + CALIBRATION]]
 
 
 def make_adapter(pipe: Any, sae: SparseAutoencoder, concepts: Sequence[str], **fields: Any) -> ItDAdapter:
