@@ -17,6 +17,7 @@ from expunge.cli.shared import Placement, announce, command, emit, load_base, ne
 from expunge.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from expunge.erase_ops.itd.tokens import TokenSet
     from expunge.feature_page.firing import FeatureReport
 
 app = typer.Typer(
@@ -167,6 +168,7 @@ def inspect(
     feature: o.Features = None,
     output_dir: o.OutputDir = Path("features"),
     shown: o.Shown = 8,
+    tokens: o.LookedAt = None,
     attention_mask: o.AttentionMask = False,
     revision: o.Revision = None,
     variant: o.Variant = None,
@@ -184,7 +186,7 @@ def inspect(
         raise InvalidInputError(
             "--prompts_file", expected="prompts to look at", found="none", fix="Name a file, or pass --prompt."
         )
-    autoencoder, concepts = opened(source)
+    autoencoder, concepts, scored = opened(source)
     wanted = {str(number): [number] for number in feature} if feature else concepts
     if not wanted:
         raise InvalidInputError(
@@ -193,7 +195,10 @@ def inspect(
     pipe = load(pretrained_model_name_or_path, Placement.choose(device, dtype), revision=revision, variant=variant)
     encoder, tokenizer = text_encoder_of(pipe, autoencoder.config.component)
     ids = list(dict.fromkeys(number for numbers in wanted.values() for number in numbers))
-    reports = examine(autoencoder, encoder, tokenizer, prompts, ids, shown=shown, attention_mask=attention_mask)
+    reports = examine(
+        autoencoder, encoder, tokenizer, prompts, ids,
+        shown=shown, tokens=tokens or scored, attention_mask=attention_mask,
+    )  # fmt: skip
     page = new_folder(output_dir) / "index.html"
     page.write_text(render(source, autoencoder.config, len(prompts), wanted, reports), encoding="utf-8")
     if json_output:
@@ -203,8 +208,8 @@ def inspect(
     note(f"Open this page: {page.resolve()}")
 
 
-def opened(source: str) -> tuple[Any, dict[str, list[int]]]:
-    """The autoencoder of a folder, and if it is an artefact the first features of each of its concepts.
+def opened(source: str) -> tuple[Any, dict[str, list[int]], TokenSet]:
+    """The autoencoder of a folder; if it is an artefact the first features of each of its concepts and what it scores.
 
     Raises:
         InvalidInputError: if an artefact has only the erased rows, out of which no whole autoencoder can be made.
@@ -214,9 +219,10 @@ def opened(source: str) -> tuple[Any, dict[str, list[int]]]:
     from expunge.erase_ops.sae.files import load_sae
 
     if not is_artefact(Path(source)):
-        return load_sae(source), {}
+        return load_sae(source), {}, "own"
     adapter = ItDAdapter.from_pretrained(source)
-    return adapter.rows, {name: ids[:FEATURES_SHOWN].tolist() for name, ids in adapter.concept_features.items()}
+    concepts = {name: ids[:FEATURES_SHOWN].tolist() for name, ids in adapter.concept_features.items()}
+    return adapter.rows, concepts, adapter.tokens
 
 
 def load(model: str, placement: Placement, *, revision: str | None, variant: str | None) -> Any:

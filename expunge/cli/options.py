@@ -95,6 +95,9 @@ Score = Annotated[Literal["max", "mean"], option("--score", "The strongest token
 Tokens = Annotated[
     Literal["own", "all"], option("--tokens", "What is scored: a prompt's own tokens, or padding too (CLIP only).")
 ]
+LookedAt = Annotated[
+    Literal["own", "all"] | None, option("--tokens", "Tokens looked at; the artefact's if not given, else own.")
+]
 Strength = Annotated[float, option("--strength", "What erased activations are multiplied by.")]
 TargetFPR = Annotated[float, option("--target_fpr", "Share of the benign prompts that may be flagged.", min=0, max=1)]
 AttentionMask = Annotated[bool, option("--attention_mask", "Hide padding from the encoder, as BERT-like ones need.")]

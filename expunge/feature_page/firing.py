@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from expunge.erase_ops.itd.tokens import TokenSet
 from expunge.erase_ops.sae.activations import TokenBatch, hidden_states, tokenize
 from expunge.erase_ops.unedited import unedited
 from expunge.errors import InvalidInputError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from expunge.erase_ops.sae.rows import SAERows
 
 BATCH = 64  # prompts encoded at a time
+PADDING = "·"  # how a padding token is written
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Example:
 
     Args:
         prompt: its text.
-        tokens: its own tokens as they are written, BOS and padding left out.
+        tokens: those looked at, as they are written; "·" is padding.
         acts: the feature's activation at each of them, 0 where it is not active.
     """
 
@@ -81,6 +83,7 @@ def examine(
     features: Sequence[int],
     *,
     shown: int = 8,
+    tokens: TokenSet = "own",
     attention_mask: bool = False,
 ) -> list[FeatureReport]:
     """Looks at features on prompts; only their own rows are decoded, no other feature's activation is kept.
@@ -92,6 +95,7 @@ def examine(
         prompts: at least one.
         features: distinct ids.
         shown: how many examples of each feature are kept at most.
+        tokens: which tokens are looked at: the prompts' own, or all but BOS of the prompts padded in full.
         attention_mask: whether the encoder is given the tokenizer's mask.
 
     Returns:
@@ -107,17 +111,18 @@ def examine(
         raise InvalidInputError(
             "sae.config.layer", expected="the block that it reads", found="None", fix="Set it in the file's config."
         )
-    tokens: list[list[str]] = []
-    acts: list[Tensor] = []  # of each prompt [its own tokens, m]
+    names: list[list[str]] = []
+    acts: list[Tensor] = []  # of each prompt [its tokens, m]
     for start in range(0, len(prompts), BATCH):
         batch = tokenize(tokenizer, prompts[start : start + BATCH], mask=attention_mask)
         with unedited():
             states = hidden_states(text_encoder, batch, layer)
         found = activations(sae, states, features).cpu()  # [B, L, m]
-        acts += [of_prompt[own] for of_prompt, own in zip(found, batch.text, strict=True)]
-        tokens += written(tokenizer, batch)
+        looked = batch.text if tokens == "own" else ~batch.bos
+        acts += [of_prompt[mask] for of_prompt, mask in zip(found, looked, strict=True)]
+        names += written(tokenizer, batch, looked)
     return [
-        report(feature, prompts, tokens, [of_prompt[:, column] for of_prompt in acts], shown)
+        report(feature, prompts, names, [of_prompt[:, column] for of_prompt in acts], shown)
         for column, feature in enumerate(features)
     ]
 
@@ -142,12 +147,13 @@ def activations(sae: SparseAutoencoder | SAERows, states: Tensor, features: Sequ
     return rows.membership(states)[..., places]
 
 
-def written(tokenizer: Any, batch: TokenBatch) -> list[list[str]]:
-    """Each prompt's own tokens as they are written; special tokens by their names."""
+def written(tokenizer: Any, batch: TokenBatch, looked: Tensor) -> list[list[str]]:
+    """The tokens of each prompt that are looked at, `[B, L]` bool, as they are written; special ones by their names."""
     rows = []
-    for ids, own in zip(batch.input_ids, batch.text, strict=True):
-        pieces = tokenizer.convert_ids_to_tokens(ids[own].tolist())
-        rows.append([piece.replace("</w>", "").replace("▁", "").removeprefix("##") for piece in pieces])
+    for ids, mask, padding in zip(batch.input_ids, looked, batch.padding, strict=True):
+        pieces = tokenizer.convert_ids_to_tokens(ids[mask].tolist())
+        plain = [piece.replace("</w>", "").replace("▁", "").removeprefix("##") for piece in pieces]
+        rows.append([PADDING if hidden else piece for piece, hidden in zip(plain, padding[mask].tolist(), strict=True)])
     return rows
 
 

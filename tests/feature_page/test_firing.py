@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from expunge.erase_ops.sae.activations import hidden_states, tokenize
 from expunge.erase_ops.sae.config import SAEConfig
 from expunge.errors import InvalidInputError
-from expunge.feature_page.firing import FeatureReport, examine
+from expunge.feature_page.firing import PADDING, FeatureReport, examine
 from expunge.feature_page.page import render
 
 PROMPTS = ["a cat", "the old dog sleeps", "cat", "a house in the rain"]
@@ -40,6 +41,18 @@ def test_activations_are_the_autoencoders_at_the_prompts_own_tokens(pieces: tupl
             torch.testing.assert_close(torch.tensor(here[0].acts), expected[:, feature], rtol=1e-4, atol=1e-5)
             assert here[0].acts[here[0].peak] == here[0].strongest
     assert sum(report.prompts > 0 for report in reports) > 5
+
+
+def test_padding_is_looked_at_where_it_is_asked_for(pieces: tuple[Any, Any, Any]) -> None:
+    sae, encoder, tokenizer = pieces
+    states = hidden_states(encoder, tokenize(tokenizer, ["a cat"]), sae.config.layer)
+    acts = sae.membership(states, torch.arange(sae.config.width))[0, 1:]  # [L - 1, h]
+    feature = int(acts[-1].argmax())  # one that fires on the last token, which is padding
+    (found,) = examine(sae, encoder, tokenizer, ["a cat"], [feature], tokens="all")
+    assert found.share == pytest.approx((acts[:, feature] > 0).float().mean().item())
+    (example,) = found.examples
+    assert example.tokens[1] == "cat" and example.tokens[-1] == PADDING != example.tokens[2]
+    torch.testing.assert_close(torch.tensor(example.acts), acts[:, feature], rtol=1e-4, atol=1e-5)
 
 
 def test_the_strongest_prompts_come_first_and_no_more_than_asked_for(pieces: tuple[Any, Any, Any]) -> None:
