@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from expunge.erase_ops.itd.adapter import ItDAdapter
 from expunge.erase_ops.itd.classifier import area_under_curve, calibrate_scores, is_flagged
-from expunge.erase_ops.itd.features import find_features, prompt_states, top_features
+from expunge.erase_ops.itd.features import encoded_prompts, find_features, top_features
 from expunge.erase_ops.sae.config import SAETrainingConfig
 from expunge.erase_ops.sae.files import load_sae
 from expunge.erase_ops.sae.model import SparseAutoencoder
@@ -162,7 +162,8 @@ def corpus(encoder: Any, tokenizer: Any, wordnet: Path, templates: Sequence[str]
     """The hidden states of all prompts, which do not depend on the autoencoder; `templates` are those tested."""
 
     def states(texts: Sequence[str]) -> States:
-        return list(prompt_states(encoder, tokenizer, texts, LAYER, attention_mask=True))
+        found = encoded_prompts(encoder, tokenizer, texts, LAYER, attention_mask=True)
+        return [(states, own) for states, own, _ in found]
 
     dealt = sentences(wordnet, SENTENCES)
     kinds = {"targets": TARGETS, "others": OTHERS}

@@ -69,9 +69,9 @@ def _topk_of_rows(centered: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, T
 
 
 def _best_of_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """At least the k best of the first tile's scores [T, n], in order: all that are not below the k-th, sorted."""
+    """At least the k best of the first tile's scores [T, n], n >= k, in order: all not below the k-th, sorted."""
     scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    worst = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
+    worst = scores.topk(k, dim=1).values[:, -1:]
     if bool((worst == -torch.inf).any()):  # nothing is below it, and which of them are taken is for their ids to say
         return scores.sort(dim=1, descending=True, stable=True)
     values, ids = _newcomers(scores, worst.nextafter(worst.new_tensor(-torch.inf)), 0)

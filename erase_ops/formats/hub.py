@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -115,18 +116,13 @@ def upload(
     return str(commit.commit_url)
 
 
-def upload_saved(
-    save: Callable[[Path], Path],
-    name: str,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Uploads what `save` writes into a folder of this name, which is gone afterwards; the rest as of `upload`.
+def upload_saved(save: Callable[[Path], Path], name: str, repo_id: str, **options: Any) -> str:
+    """Uploads what `save` writes into a folder of this name, which is gone afterwards.
+
+    Args:
+        save: writes into the folder that it is given, and returns it.
+        name: the folder's.
+        repo_id, options: as of `upload`.
 
     Returns:
         The commit's address.
@@ -135,12 +131,4 @@ def upload_saved(
         InvalidInputError: if the Hub refuses.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        return upload(
-            save(Path(scratch) / name),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        return upload(save(Path(scratch) / name), repo_id, **options)

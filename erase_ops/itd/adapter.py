@@ -26,7 +26,7 @@ from expunge.erase_ops.itd.classifier import (
 from expunge.erase_ops.itd.concepts import concept_ids, hot_features, select_rows, union_of
 from expunge.erase_ops.itd.features import encoded_prompts
 from expunge.erase_ops.itd.files import SAESource, read_itd, write_itd
-from expunge.erase_ops.itd.tokens import TOKEN_SETS, TokenSet
+from expunge.erase_ops.itd.tokens import TOKEN_SETS, TokenSet, scored_tokens
 from expunge.erase_ops.sae.model import SparseAutoencoder
 from expunge.erase_ops.sae.rows import SAERows
 from expunge.errors import AdapterFormatError, InvalidInputError
@@ -261,7 +261,7 @@ class ItDAdapter:
         encoder = (text_encoder, tokenizer, prompts, self.layer)
         for states, own, bos in encoded_prompts(*encoder, attention_mask=attention_mask):
             rows = rows if rows.ids.device == states.device else rows.to(states.device)  # moved once
-            parts.append(self._scores(rows, states, own if self.tokens == "own" else ~bos, bos).cpu())
+            parts.append(self._scores(rows, states, scored_tokens(own, bos, self.tokens), bos).cpu())
         return torch.cat(parts)
 
     def calibrate(

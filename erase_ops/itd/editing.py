@@ -176,7 +176,7 @@ class Editor:
     # Editing
 
     def _taken_out(self, block: ItDBlock, x: Tensor, tokens: Tokens, flagged: Tensor, known: Sequence[Known]) -> Tensor:
-        """x' - Σ (1 - s) a d over the features of the adapters that flagged each prompt.
+        """x' = x - Σ (1 - s) a d over the features of the adapters that flagged each prompt.
 
         `known` has the activations on scored tokens; where gradients are wanted they are made again.
         """

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expunge.erase_ops.itd.tokens import TokenSet
+from expunge.erase_ops.itd.tokens import TokenSet, scored_tokens
 from expunge.erase_ops.sae.activations import hidden_states, tokenize
 from expunge.erase_ops.unedited import unedited
 from expunge.errors import InvalidInputError
@@ -141,7 +141,7 @@ def prompt_features(
     n = n if n is not None else 2 * sae.config.k if sae.config.k is not None else TOP
     encoder = (text_encoder, tokenizer, prompts, layer_of(sae))
     for states, own, bos in encoded_prompts(*encoder, attention_mask=attention_mask):
-        counted = own if tokens == "own" else ~bos
+        counted = scored_tokens(own, bos, tokens)
         found += top_features(sae, states.to(sae.W_enc.device), counted.to(sae.W_enc.device), n)
     return found
 
@@ -210,19 +210,11 @@ def layer_of(sae: SparseAutoencoder) -> int:
     return sae.config.layer
 
 
-def prompt_states(
-    text_encoder: Any, tokenizer: Any, prompts: Sequence[str], layer: int, *, attention_mask: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the base model's hidden states `[B, L, d]`, each with `[B, L]` bool: the prompts' own tokens."""
-    for states, own, _ in encoded_prompts(text_encoder, tokenizer, prompts, layer, attention_mask=attention_mask):
-        yield states, own
-
-
 @torch.no_grad()
 def encoded_prompts(
     text_encoder: Any, tokenizer: Any, prompts: Sequence[str], layer: int, *, attention_mask: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """As `prompt_states`, with `[B, L]` bool a second time: BOS."""
+    """Batches of the base model's hidden states `[B, L, d]`, each with two `[B, L]` bool: own tokens, and BOS."""
     for start in range(0, len(prompts), BATCH):
         batch = tokenize(tokenizer, prompts[start : start + BATCH], mask=attention_mask)
         with unedited():

@@ -45,7 +45,12 @@ class Tokens(NamedTuple):
 
     def scored(self, tokens: TokenSet) -> Tensor:
         """`[B, L]` bool, the tokens that make a score."""
-        return self.own if tokens == "own" else self.edited
+        return scored_tokens(self.own, self.bos, tokens)
+
+
+def scored_tokens(own: Tensor, bos: Tensor, tokens: TokenSet) -> Tensor:
+    """`[B, L]` bool: the tokens that make a score, from which are prompts' own and which BOS."""
+    return own if tokens == "own" else ~bos
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expunge.erase_ops.itd.tokens import TokenSet
+from expunge.erase_ops.itd.tokens import TokenSet, scored_tokens
 from expunge.erase_ops.sae.activations import TokenBatch, hidden_states, tokenize
 from expunge.erase_ops.unedited import unedited
 from expunge.errors import InvalidInputError
@@ -118,7 +118,7 @@ def examine(
         with unedited():
             states = hidden_states(text_encoder, batch, layer)
         found = activations(sae, states, features).cpu()  # [B, L, m]
-        looked = batch.text if tokens == "own" else ~batch.bos
+        looked = scored_tokens(batch.text, batch.bos, tokens)
         acts += [of_prompt[mask] for of_prompt, mask in zip(found, looked, strict=True)]
         names += written(tokenizer, batch, looked)
     return [

@@ -57,10 +57,15 @@ On {evaluated} captions in held-out templates: {fvu:.2%} of the variance unexpla
 """
 
 
+def object_words(tables: dict[str, Any]) -> list[str]:
+    """The objects' names, each with its synonyms behind it."""
+    return [word for name, synonyms in tables["objects"].items() for word in (name, *synonyms)]
+
+
 def training_prompts(tables: dict[str, Any]) -> list[str]:
     """Every caption of the tables that is not held out."""
     held_out = {tuple(pair) for pair in tables["held_out"]["synonym_in_template"]}
-    words = [word for name, synonyms in tables["objects"].items() for word in (name, *synonyms)]
+    words = object_words(tables)
     prompts = [
         fill(template, word, style)
         for word in words
@@ -81,8 +86,7 @@ def training_prompts(tables: dict[str, Any]) -> list[str]:
 def placed_prompts(tables: dict[str, Any], captions: list[str], seed: int = 0) -> list[str]:
     """Concepts behind random words of the templates, so that each stands at each of the first positions."""
     rng = random.Random(seed)
-    objects, styles = tables["objects"], tables["styles"]
-    words = [word for name, synonyms in objects.items() for word in (name, *synonyms)]
+    words, styles = object_words(tables), tables["styles"]
     plain = " ".join(tables["templates"]).format(o="", s="").replace(",", " ").split()
     fillers = sorted({word for word in plain if word.isalpha()})
 
@@ -102,8 +106,7 @@ def held_out_prompts(tables: dict[str, Any]) -> list[str]:
     """Captions in templates that neither the autoencoder nor an erasure was fitted on, in a fixed random order."""
     prompts = [
         fill(template, word, style)
-        for name, synonyms in tables["objects"].items()
-        for word in (name, *synonyms)
+        for word in object_words(tables)
         for template in tables["held_out"]["templates"]
         for style in tables["styles"]
     ]
