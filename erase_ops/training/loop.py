@@ -7,6 +7,7 @@ goes on bit for bit as if it had not been.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 from collections import defaultdict
@@ -150,6 +151,8 @@ class TrainingLoop:
                 self._after_step(step, metrics, bar)
         self._check_weights()
         self._write_log()
+        if self.accelerator.num_processes > 1:
+            atexit.register(_leave_process_group)
         return self.history
 
     def _step(self, step: int) -> dict[str, float]:
@@ -287,6 +290,17 @@ class TrainingLoop:
                 found=f"NaN or infinity in {_some(broken)}",
                 fix="Lower learning_rate, set max_grad_norm, or use mixed_precision='no'.",
             )
+
+
+def _leave_process_group() -> None:
+    """Ends the communication between processes while the interpreter still runs.
+
+    Gloo's threads, left to the interpreter's end, now and then abort a process that did all its work
+    (https://github.com/pytorch/pytorch/issues/190489). Only after a run that went well: a process that fails must not
+    wait here for others that still compute.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -39,3 +39,4 @@ def test_two_processes(tmp_path: Path) -> None:
     assert whole != [1.0] * 3
     ranks = sorted(path.name for path in (tmp_path / "checkpoint-000004").glob("rank-*"))
     assert ranks == ["rank-0.safetensors", "rank-1.safetensors"]
+    assert [(tmp_path / f"connected-{rank}.txt").read_text() for rank in range(2)] == ["False"] * 2

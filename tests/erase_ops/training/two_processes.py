@@ -1,9 +1,11 @@
 """Run by test_processes.py under torchrun: trains a line in two processes, with and without an interruption."""
 
+import atexit
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from expunge.erase_ops.training.config import TrainingConfig
@@ -30,7 +32,13 @@ class Line:
         assert not tensors
 
 
+def note_the_end(folder: Path) -> None:
+    """Runs after what the loop registers, since the last one registered comes first."""
+    (folder / f"connected-{PartialState().process_index}.txt").write_text(repr(torch.distributed.is_initialized()))
+
+
 def main(folder: Path) -> None:
+    atexit.register(note_the_end, folder)
     weights = []
     for resume in (None, "checkpoint-000002"):
         config = TrainingConfig(max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint=resume)
