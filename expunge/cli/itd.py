@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from expunge.cli.shared import Placement, announce, command, emit, load_base, ne
 from expunge.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from expunge.erase_ops.itd.tokens import TokenSet
     from expunge.feature_page.firing import FeatureReport
 
@@ -36,6 +38,7 @@ def find(
     sae: o.SAE,
     erase: o.ItDConcepts,
     output_dir: o.OutputDir,
+    sae_subfolder: o.SAEFolder = None,
     target: o.Target = None,
     target_file: o.TargetFile = None,
     remain: o.Remain = None,
@@ -62,7 +65,7 @@ def find(
 
     concepts = concept_prompts(erase, gather(target, target_file, "--target"))
     remaining, plain = gather(remain, remain_file, "--remain"), gather(benign, benign_file, "--benign")
-    folder, autoencoder = new_folder(output_dir), load_sae(sae)
+    folder, autoencoder = new_folder(output_dir), load_sae(sae, subfolder=sae_subfolder)
     pipe = load(pretrained_model_name_or_path, Placement.choose(device, dtype), revision=revision, variant=variant)
     encoder, tokenizer = text_encoder_of(pipe, autoencoder.config.component)
     found = find_concepts(
@@ -82,16 +85,20 @@ def find(
         autoencoder, found, score=score, tokens=tokens, strength=strength, family=family, settings=settings
     )
     adapter.save_pretrained(folder)
-    counts = {name: len(ids) for name, ids in found.items()}
     if json_output:
         features = {name: ids.tolist() for name, ids in found.items()}
         emit({"output_dir": str(folder), "features": features, "settings": settings})
         return
+    out.print(concept_table(found))
+    note(f"The artefact is in {folder}. Set its threshold: expunge itd calibrate {folder} --benign_file FILE ...")
+
+
+def concept_table(found: Mapping[str, Tensor]) -> Table:
+    """A line for each concept: how many features it has, and the first of them."""
     table = Table("concept", "features", "first of them")
     for name, ids in found.items():
-        table.add_row(Text(name), str(counts[name]), ", ".join(map(str, ids[:8].tolist())))
-    out.print(table)
-    note(f"The artefact is in {folder}. Set its threshold: expunge itd calibrate {folder} --benign_file FILE ...")
+        table.add_row(Text(name), str(len(ids)), ", ".join(map(str, ids[:FEATURES_SHOWN].tolist())))
+    return table
 
 
 def concept_prompts(concepts: Sequence[str], templates: Sequence[str]) -> dict[str, list[str]]:
@@ -163,6 +170,7 @@ def calibrate(
 def inspect(
     source: o.Inspected,
     pretrained_model_name_or_path: o.Base,
+    sae_subfolder: o.SAEFolder = None,
     prompt: o.Inspect = None,
     prompts_file: o.InspectFile = None,
     feature: o.Features = None,
@@ -186,7 +194,7 @@ def inspect(
         raise InvalidInputError(
             "--prompts_file", expected="prompts to look at", found="none", fix="Name a file, or pass --prompt."
         )
-    autoencoder, concepts, scored = opened(source)
+    autoencoder, concepts, scored = opened(source, sae_subfolder)
     wanted = {str(number): [number] for number in feature} if feature else concepts
     if not wanted:
         raise InvalidInputError(
@@ -208,7 +216,7 @@ def inspect(
     note(f"Open this page: {page.resolve()}")
 
 
-def opened(source: str) -> tuple[Any, dict[str, list[int]], TokenSet]:
+def opened(source: str, subfolder: str | None = None) -> tuple[Any, dict[str, list[int]], TokenSet]:
     """The autoencoder of a folder; if it is an artefact the first features of each of its concepts and what it scores.
 
     Raises:
@@ -219,7 +227,7 @@ def opened(source: str) -> tuple[Any, dict[str, list[int]], TokenSet]:
     from expunge.erase_ops.sae.files import load_sae
 
     if not is_artefact(Path(source)):
-        return load_sae(source), {}, "own"
+        return load_sae(source, subfolder=subfolder), {}, "own"
     adapter = ItDAdapter.from_pretrained(source)
     concepts = {name: ids[:FEATURES_SHOWN].tolist() for name, ids in adapter.concept_features.items()}
     return adapter.rows, concepts, adapter.tokens

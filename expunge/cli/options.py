@@ -73,9 +73,10 @@ DemoMethod = Annotated[
 ]
 
 # ItD
-SAE = Annotated[str, option("--sae", "Folder of the sparse autoencoder, of any known layout.")]
+SAE = Annotated[str, option("--sae", "The sparse autoencoder: a folder of any known layout, or owner/name on the hub.")]
+SAEFolder = Annotated[str | None, option("--sae_subfolder", "Where in that folder or repository the autoencoder is.")]
 ItDFolder = Annotated[Path, typer.Argument(help="Folder of an ItD artefact.")]
-Inspected = Annotated[str, typer.Argument(help="Folder of a sparse autoencoder or of an ItD artefact.")]
+Inspected = Annotated[str, typer.Argument(help="A sparse autoencoder (as for find) or the folder of an ItD artefact.")]
 ItDConcepts = Annotated[list[str], option("--erase", "Concept to erase; repeatable.")]
 Target = Annotated[
     list[str] | None, option("--target", "Prompt that names the concept, {} in it stands for each; repeatable.")

@@ -64,8 +64,8 @@ class TestFind:
         self, cli: Callable[..., Any], base: Path, sae_folder: Path, tmp_path: Path
     ) -> None:
         result = cli(
-            "itd", "find", "--pretrained_model_name_or_path", base, "--sae", sae_folder, "--erase", "cat",
-            "--benign", "cat", "--output_dir", tmp_path / "none", code=1,
+            "itd", "find", "--pretrained_model_name_or_path", base, "--sae", sae_folder.parent, "--sae_subfolder",
+            sae_folder.name, "--erase", "cat", "--benign", "cat", "--output_dir", tmp_path / "none", code=1,
         )  # fmt: skip
         assert "'cat'" in result.stderr
         assert not (tmp_path / "none" / "erasure.json").exists()
@@ -112,6 +112,11 @@ class TestInspect:
             "itd", "inspect", sae_folder, "--pretrained_model_name_or_path", base, "--feature", 3, "--feature", 7,
             "--prompt", "a cat", "--output_dir", tmp_path, "--json",
         )  # fmt: skip
+        inner = cli(
+            "itd", "inspect", sae_folder.parent, "--sae_subfolder", sae_folder.name, "--pretrained_model_name_or_path",
+            base, "--feature", 3, "--feature", 7, "--prompt", "a cat", "--output_dir", tmp_path, "--json",
+        )  # fmt: skip
+        assert inner.stdout == result.stdout
         assert [one["feature"] for one in json.loads(result.stdout)["features"]] == [3, 7]
 
     @pytest.mark.parametrize("missing", ["--prompts_file", "--feature"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +144,24 @@ def bake() -> Callable[[UNet2DConditionModel, SPMAdapter], UNet2DConditionModel]
 def assert_kept() -> Callable[..., None]:
     """`assert_kept(denoiser, oracle, inputs, tolerance)`: the erasure holds, by the low-rank way and merged."""
     return _assert_kept
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path) -> Callable[[str, Mapping[str, bytes]], dict[str, Any]]:
+    """`hub_cache("owner/name", files)`: a repository in the Hub's cache, as `snapshot_download` leaves it (blobs, a
+    snapshot of links, a branch); gives the arguments that read it from there."""
+
+    def make(repo_id: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+        root, commit = tmp_path / "hub", "0" * 40
+        repo = root / f"models--{repo_id.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        (repo / "blobs").mkdir()
+        for index, (name, content) in enumerate(files.items()):
+            (repo / "blobs" / str(index)).write_bytes(content)
+            link = repo / "snapshots" / commit / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(*[".."] * (2 + name.count("/")), "blobs", str(index)))
+        return {"cache_dir": root, "local_files_only": True}
+
+    return make

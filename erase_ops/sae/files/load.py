@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expunge.erase_ops.formats.folders import locate
+from expunge.erase_ops.formats.source import resolve_source
 from expunge.erase_ops.formats.tensors import read_json
 from expunge.erase_ops.sae.files import dictionary_learning, openai, saelens, sparsify
 from expunge.erase_ops.sae.files.source import Plan, Source, check_plan, open_source, read_tensor
@@ -56,12 +57,23 @@ LAYOUTS = (
 )
 
 
-def load_sae(folder: str | Path) -> SparseAutoencoder:
+def load_sae(
+    path_or_repo: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> SparseAutoencoder:
     """Reads an autoencoder; the layout is told by the files that are there.
 
     Args:
-        folder: of SAELens, sparsify, dictionary_learning or OpenAI's layout; the last two converted from their pickles
-            by `convert_pickle`.
+        path_or_repo: a folder of SAELens, sparsify, dictionary_learning or OpenAI's layout, or owner/name of a
+            repository on the Hub that holds one. The last two layouts are read after `convert_pickle`; of a
+            repository, pickled files are not even fetched.
+        subfolder: where in the folder or repository, such as "layers.8"; nothing else is fetched.
+        revision, token, cache_dir, local_files_only: as of `SPMAdapter.from_pretrained`.
 
     Returns:
         The autoencoder, on the CPU, in the file's dtype.
@@ -70,16 +82,21 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         AdapterFormatError: if the layout is unknown, a file is missing or malformed, or an option of the configuration
             is unknown or makes it compute something else than `SparseAutoencoder` does.
         NonFiniteError: if a tensor holds NaN or infinity.
+        UnsafePathError: if `subfolder` leads out of the folder.
+        InvalidInputError: if there is no such path or repository.
     """
-    with opened(Path(folder)) as (plan, source):
-        return sae_of(plan, source, saelens.read_firing(Path(folder), plan.config.width))
+    hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub["local_files_only"] = local_files_only
+    folder, _ = resolve_source(path_or_repo, subfolder=subfolder, **hub)
+    with opened(folder) as (plan, source):
+        return sae_of(plan, source, saelens.read_firing(folder, plan.config.width))
 
 
 def load_rows(folder: str | Path, ids: Tensor | Sequence[int]) -> SAERows:
     """Reads what an eraser of some features keeps, and nothing else: their decoder rows, and under TopK the encoder.
 
     Args:
-        folder: as in `load_sae`.
+        folder: the autoencoder's own, on this machine.
         ids: `[m]`, distinct.
 
     Raises:
@@ -185,7 +202,7 @@ def layout_of(folder: Path) -> Layout:
         AdapterFormatError: if there is none, or its tensors are pickled.
     """
     if not folder.is_dir():
-        _unknown(folder, "no such folder")
+        _unknown(folder, "a file" if folder.is_file() else "no such folder")
     for layout in LAYOUTS:
         if locate(folder, layout.config) is not None and locate(folder, layout.weights) is not None:
             return layout
@@ -203,4 +220,10 @@ def layout_of(folder: Path) -> Layout:
 
 def _unknown(folder: Path, found: str) -> NoReturn:
     names = "; ".join(f"{layout.config} and {layout.weights} ({layout.name})" for layout in LAYOUTS)
-    raise AdapterFormatError(str(folder), expected=names, found=found, fix="Pass the autoencoder's own folder.")
+    raise AdapterFormatError(
+        str(folder),
+        expected=names,
+        found=found,
+        fix="Pass the autoencoder's own folder, or name it by subfolder. Pickled files are not fetched from the Hub: "
+        "download such a folder yourself and convert it with convert_pickle.",
+    )

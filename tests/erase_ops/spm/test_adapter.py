@@ -294,26 +294,11 @@ def test_a_file_has_no_subfolder() -> None:
         SPMAdapter.from_pretrained(FILE_A, subfolder="x")
 
 
-def hub_cache(root: Path, files: dict[str, bytes]) -> Path:
-    """The Hub's own cache as `snapshot_download` leaves it: blobs, a snapshot of links, a branch."""
-    repo, commit = root / "models--owner--cat-spm", "0" * 40
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    (repo / "blobs").mkdir()
-    for index, (name, content) in enumerate(files.items()):
-        (repo / "blobs" / str(index)).write_bytes(content)
-        link = repo / "snapshots" / commit / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(Path(*[".."] * (2 + name.count("/")), "blobs", str(index)))
-    return root
-
-
-def test_a_hub_repository(tmp_path: Path, tiny_sd: TinyPipeline) -> None:
+def test_a_hub_repository(tmp_path: Path, tiny_sd: TinyPipeline, hub_cache: Callable[..., dict[str, Any]]) -> None:
     adapter = make(tiny_sd().unet)
     folder = adapter.save_pretrained(tmp_path / "x")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    cache = hub_cache(tmp_path / "hub", {**files, "more/a.safetensors": FILE_A.read_bytes()})
-    where: dict[str, Any] = {"cache_dir": cache, "local_files_only": True}
+    where = hub_cache("owner/cat-spm", {**files, "more/a.safetensors": FILE_A.read_bytes()})
     read = SPMAdapter.from_pretrained("owner/cat-spm", **where)
     assert_equal(adapter, read)
     assert read.name == "cat-spm"

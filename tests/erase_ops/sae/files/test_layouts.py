@@ -1,12 +1,15 @@
 """Files that the libraries wrote: same activations, same support and same reconstruction as their own code."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from expunge.erase_ops.sae.files import load_rows, load_sae
+from expunge.errors import AdapterFormatError, InvalidInputError, UnsafePathError
 
 TOPK = ["dictionary_learning_topk", "openai_itd", "saelens_topk", "saelens_topk_rescaled", "saelens_topk_unapplied"]
 TOPK += ["sparsify/layers.4", "sparsify_expansion/layers.4"]
@@ -55,3 +58,23 @@ def test_what_a_file_says_of_its_place(fixture_folders: dict[str, Path]) -> None
 def test_sparsify_without_a_number_of_latents_takes_the_expansion_factor(fixture_folders: dict[str, Path]) -> None:
     """Trap: num_latents 0 is not a width of 0."""
     assert load_sae(fixture_folders["sparsify_expansion/layers.4"]).config.width == 42
+
+
+def test_an_autoencoder_on_the_hub(
+    fixture_folders: dict[str, Path], hub_cache: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """One repository with several in folders of their own, as sparsify and SAELens upload them."""
+    folders = {"layers.4": fixture_folders["sparsify/layers.4"], "deep/er": fixture_folders["saelens_topk"]}
+    files = {f"{name}/{file.name}": file.read_bytes() for name, place in folders.items() for file in place.iterdir()}
+    where = hub_cache("owner/saes", files | {"old/config.json": b"{}", "old/state_dict.pth": b"never read"})
+    for name, folder in folders.items():
+        there, here = load_sae("owner/saes", subfolder=name, **where), load_sae(folder)
+        assert there.config == here.config and torch.equal(there.W_enc, here.W_enc)
+    with pytest.raises(AdapterFormatError, match=r"found deep, layers\.4, old.*subfolder"):
+        load_sae("owner/saes", **where)
+    with pytest.raises(AdapterFormatError, match="pickled file of OpenAI"):
+        load_sae("owner/saes", subfolder="old", **where)
+    with pytest.raises(UnsafePathError):
+        load_sae("owner/saes", subfolder="../..", **where)
+    with pytest.raises(InvalidInputError, match="can be reached"):
+        load_sae("owner/none", **where)

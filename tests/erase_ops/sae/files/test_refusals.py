@@ -71,9 +71,11 @@ def test_nan_is_refused(changed: Changed, read: Callable[[Path], Any]) -> None:
 def test_folders_without_an_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match="an empty folder"):
         load_sae(tmp_path)
-    with pytest.raises(AdapterFormatError, match="no such folder"):
+    with pytest.raises(InvalidInputError, match="nowhere', which is none"):
         load_sae(tmp_path / "nowhere")
     (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(AdapterFormatError, match="found a file"):
+        load_sae(tmp_path / "cfg.json")
     with pytest.raises(AdapterFormatError, match=r"found cfg\.json"):
         load_sae(tmp_path)
 
