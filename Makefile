@@ -4,6 +4,8 @@ VENV ?= .venv
 OUT ?= demo-output
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Whoever is idle takes over waiting tests; each worker loads the models for itself, hence no more than four.
+PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test lint types tests slow bench format clean
@@ -37,10 +39,10 @@ types: $(STAMP)
 	MYPYPATH=.types $(BIN)/mypy -p expunge
 
 tests: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 slow: $(STAMP)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(PARALLEL)
 
 bench: $(STAMP)
 	@for script in benchmarks/bench_*.py benchmarks/kernel_report.py benchmarks/kernel_bars.py benchmarks/plot_kernels.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
