@@ -93,7 +93,8 @@ def parse_tensors(data: bytes, path: Path) -> TensorFile:
         raise AdapterFormatError(
             str(path), expected="a well-formed safetensors file", found=str(error), fix=_DAMAGED_FIX
         ) from error
-    return TensorFile(tensors, metadata)
+    # safetensors gives them in another order each time; what is computed from them should not depend on that.
+    return TensorFile(dict(sorted(tensors.items())), metadata)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -41,6 +41,14 @@ def test_safetensors_itself_reads_what_is_written(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("a"), torch.arange(4.0))
 
 
+def test_tensors_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """Trap: safetensors gives them in an order that changes from one reading to the next."""
+    tensors = {f"block {number}": torch.ones(1) for number in range(20)}
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(tensor_bytes(tensors, {}))
+    assert list(read_tensors(path).tensors) == sorted(tensors)
+
+
 def test_equal_content_gives_equal_bytes() -> None:
     tensors = {"b": torch.ones(3), "a": torch.zeros(2)}
     metadata = {"prompts": "x", "rank": "1", "alpha": "1.0", "z": "", "y": "1"}
