@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from expunge.erase_ops.fingerprint import weights_fingerprint
 from expunge.erase_ops.hookpoints import block_path
@@ -20,7 +19,7 @@ from expunge.erase_ops.sae.files import save_sae
 from expunge.erase_ops.sae.losses import UnitRows, geometric_median, sae_losses
 from expunge.erase_ops.sae.model import SparseAutoencoder
 from expunge.erase_ops.sae.whitening import Whitening
-from expunge.erase_ops.training.borrowed import deterministic
+from expunge.erase_ops.training.borrowed import deterministic, evaluating
 from expunge.erase_ops.training.draws import Draws, seeded_generator
 from expunge.erase_ops.training.loop import Callback, TrainingLoop, make_accelerator
 from expunge.erase_ops.unedited import unedited
@@ -79,7 +78,7 @@ def train_sae(
     accelerator = make_accelerator(config, device)
     if accelerator.num_processes > 1:
         text_encoder.to(accelerator.device)
-    with deterministic(accelerator.device), _evaluation(text_encoder), unedited():
+    with deterministic(accelerator.device), evaluating(text_encoder), unedited():
         stream = ActivationStream(text_encoder, tokenizer, list(prompts), config)
         method = SAETraining.start(stream, config, accelerator)
         loop = TrainingLoop(method, config, accelerator, folder, progress, callback)
@@ -193,17 +192,6 @@ def firing_shares(sae: SparseAutoencoder, stream: ActivationStream, config: SAET
         values, indices = sae.encode(sampler.draw(config.token_batch_size, generator))
         counts += torch.bincount(indices[values > 0], minlength=len(counts))
     return counts.float() / (batches * config.token_batch_size)
-
-
-@contextmanager
-def _evaluation(encoder: nn.Module) -> Iterator[None]:
-    """The encoder without dropout; afterwards as it was."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(training)
 
 
 def _output_folder(config: SAETrainingConfig, output_dir: str | Path | None) -> Path | None:

@@ -28,19 +28,31 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(module: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
-    """A module in evaluation mode without gradients of its own; afterwards as it was."""
-    flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    training, checkpointing = module.training, gradient_checkpointing and module.is_gradient_checkpointing
-    module.requires_grad_(False).eval()
-    if gradient_checkpointing and not checkpointing:
-        module.enable_gradient_checkpointing()  # type: ignore[operator]
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode; afterwards each of its parts is in its own mode again, whatever the whole is in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
     try:
         yield
     finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextmanager
+def frozen(module: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
+    """A module in evaluation mode without gradients of its own; afterwards as it was."""
+    flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    checkpointing = gradient_checkpointing and module.is_gradient_checkpointing
+    module.requires_grad_(False)
+    if gradient_checkpointing and not checkpointing:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        with evaluating(module):
+            yield
+    finally:
         if gradient_checkpointing and not checkpointing:
             module.disable_gradient_checkpointing()  # type: ignore[operator]
-        module.train(training)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 
